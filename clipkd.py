@@ -8,17 +8,7 @@ A run writes into --out: log.jsonl (one JSON object a line: the command, then lo
 (the same command again resumes from it) and student/ (open_clip loads it as local-dir:out/student, without this file).
 The losses are in losses.py. Symbols: n = pairs on this process, N = pairs in the whole batch, D = embedding width.
 """
-import argparse
-import csv
-import difflib
-import itertools
-import json
-import math
-import os
-import re
-import sys
-import tempfile
-import time
+import argparse, contextlib, csv, difflib, itertools, json, logging, math, os, re, sys, tempfile, time
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +18,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from open_clip.factory import load_state_dict
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageColor
 from timm.data import ImageNetInfo
@@ -39,8 +30,8 @@ from tqdm import tqdm
 from losses import afd_loss, clip_loss, crd_loss, fd_loss, gd_loss, icl_loss, mfd_loss
 
 LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))  # torchrun sets these
 CORES = os.cpu_count() // LOCAL_WORLD  # for each process; may be 0
 
 
@@ -49,16 +40,16 @@ class BadInput(Exception):
 
 
 # ---- Flags. With --train-data and no other flag a run is the paper's recipe (Sec. 4.1); without it, the demo. ----
-
 def get_args(argv=None):
     usage = "clipkd.py [--flag value ...]    without --train-data and --eval-only: the demo"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage=usage)
     add = parser.add_argument_group("data").add_argument
     add("--train-data", nargs="+", metavar="FILE", help="TSV or CSV with columns filepath (relative to FILE) and title")
     add("--val-data", metavar="FILE", help="the same, for image-text retrieval; an image may have several rows")
-    add("--zeroshot", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of class folders; wnids or 0..999: ImageNet")
-    add("--workers", type=int, help="(its cores less one, at most 8) loader processes of each process")
-    add = parser.add_argument_group("models", "NAME, NAME:TAG, NAME:FILE, local-dir:DIR, hf-hub:ORG/NAME, FILE.json").add_argument
+    add("--zeroshot", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of class folders, ImageNet's or any")
+    add("--workers", type=int, default=min(8, CORES // 2), help="(half its cores, at most 8) loaders of a process")
+    forms = "NAME, NAME:TAG, NAME:FILE, local-dir:DIR, hf-hub:ORG/NAME of open_clip, or a configuration FILE.json"
+    add = parser.add_argument_group("models", forms).add_argument
     add("--student", default="ViT-T-16", help=f"(ViT-T-16) open_clip's names and {', '.join(STUDENTS)}")
     add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) needs weights")
     add = parser.add_argument_group("losses", "total = sum of lambda * loss, as typed; 0 = not computed").add_argument
@@ -67,8 +58,8 @@ def get_args(argv=None):
     add("--lambda-fd", type=float, default=2000, help="(2000) feature distillation, mean over N and D; demo: 250")
     add("--lambda-icl", type=float, default=1, help="(1) interactive contrastive learning, nats")
     add("--lambda-mfd", type=float, default=0, help="(0) masked feature distillation; the paper's ablation: 2000")
-    add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 at N = 1024, goes with N^2")
-    add("--lambda-afd", type=float, default=0, help="(0) augmented feature distillation, nats; the paper gives no value")
+    add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 at N = 1024, as N^2")
+    add("--lambda-afd", type=float, default=0, help="(0) augmented feature distillation, nats; the paper gives none")
     add("--mask-ratio", type=float, default=0.75, help="(0.75) share of the patches that MFD hides, in [0, 1)")
     add = parser.add_argument_group("optimiser: AdamW, linear warm-up, then cosine to 0").add_argument
     add("--epochs", type=int, default=32, help="(32)")
@@ -93,16 +84,13 @@ def get_args(argv=None):
         if type(value) in (int, float) and not low <= value < high:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number in [{low:d}, {high})")
     if args.batch_size % WORLD:
-        raise BadInput(f"--batch-size {args.batch_size}: is over all processes, so it must be a multiple of their {WORLD}")
+        raise BadInput(f"--batch-size {args.batch_size}: is over all processes, so it must be a multiple of {WORLD}")
     if args.eval_only and not (args.val_data or args.zeroshot):
         raise BadInput("--eval-only: nothing to evaluate on; give --val-data, --zeroshot or both")
-    if args.workers is None:
-        args.workers = max(0, min(8, CORES - 1))
     return args
 
 
 # ---- Data. What is random depends on (seed, epoch, index) alone: workers, processes and resuming change nothing. ----
-
 def read_pairs(files):
     """Image paths and captions of TSV or CSV files whose first line names the columns filepath and title."""
     paths, titles = [], []
@@ -114,7 +102,7 @@ def read_pairs(files):
             separator, named = ("\t", "tab") if "\t" in header else (",", "comma")
             columns = next(csv.reader([header], delimiter=separator), [])
             if not {"filepath", "title"} <= set(columns):
-                raise BadInput(f"{file}: needs the columns filepath and title; found {columns} (separator tried: {named})")
+                raise BadInput(f"{file}: needs the columns filepath and title; found {columns} (separator: {named})")
             for line in lines:
                 line = line.rstrip("\r\n")
                 row = next(csv.reader([line], delimiter=separator), [])  # by line: no stray quote eats the next rows
@@ -126,7 +114,7 @@ def read_pairs(files):
             raise BadInput(f"{file}: no usable row; each needs a filepath and a title")
         for path in paths[first :: max(1, (len(paths) - first) // 1000)]:  # all of a small file, 1000 of a large one
             if not os.path.isfile(path):
-                raise BadInput(f"{file}: no image {path}; a filepath is absolute, or relative to the folder of this file")
+                raise BadInput(f"{file}: no image {path}; a filepath is absolute, or relative to this file's folder")
     return paths, titles
 
 
@@ -141,14 +129,11 @@ class Pairs(Dataset):
         self.paths, self.titles = read_pairs(files)
         self.size, self.tokenizers, self.seed = size, tokenizers, seed
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, keys):
         images, titles, skipped = torch.empty(len(keys), 3, self.size, self.size, dtype=torch.uint8), [], 0
         for row, (epoch, index) in enumerate(keys):
             while (image := self.crop(epoch, index)) is None:
-                skipped, index = skipped + 1, (index + 1) % len(self)
+                skipped, index = skipped + 1, (index + 1) % len(self.paths)
                 if skipped > 1000:
                     raise BadInput(f"{self.paths[index - 1]}: cannot be decoded, nor can 1000 others of the same batch")
             images[row] = image
@@ -186,24 +171,18 @@ def normaliser(model, device):
 
 
 # ---- Processes. ----
-
-def setup(workers):
+def setup():
     """The device of this process, after joining the others."""
     gpus = torch.cuda.device_count()
     if 0 < gpus < LOCAL_WORLD:
         raise BadInput(f"{LOCAL_WORLD} processes but {gpus} GPUs: start torchrun with --nproc_per_node={gpus}")
     device = torch.device("cuda", LOCAL_RANK) if gpus else torch.device("cpu")
-    torch.set_num_threads(max(1, CORES - workers))  # more threads than cores would wait for each other
+    torch.set_num_threads(max(1, CORES // 2))  # the other half is for the loaders
     if gpus:
         torch.cuda.set_device(device)
     if WORLD > 1:
         dist.init_process_group("nccl" if gpus else "gloo", device_id=device if gpus else None)
     return device
-
-
-def wait():
-    if WORLD > 1:
-        dist.barrier()
 
 
 def gather(x):
@@ -221,7 +200,6 @@ def gather(x):
 
 
 # ---- Models, all from open_clip. Of the paper's students (Table 2) it lacks these six; they share one text tower. ----
-
 def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77):
     text = {"context_length": context, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers}
     return {"embed_dim": embed_dim, "vision_cfg": {"image_size": 224, **vision}, "text_cfg": text}
@@ -232,7 +210,7 @@ STUDENTS = {
     "mobilevit_s": clip_config({"timm_model_name": "mobilevit_s", "timm_pool": ""}),
     "swin_tiny": clip_config({"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": ""}),
     # timm's last layer is the projection: open_clip's would expect 576 inputs where timm now gives 1024
-    "mobilenetv3_small_100": clip_config({"timm_model_name": "mobilenetv3_small_100", "timm_pool": "avg", "timm_proj": ""}),
+    "mobilenetv3_small_100": clip_config({"timm_model_name": "mobilenetv3_small_100", "timm_proj": ""}),
     "efficientnet_b0": clip_config({"timm_model_name": "efficientnet_b0", "timm_pool": ""}),
     "resnet18": clip_config({"timm_model_name": "resnet18", "timm_pool": ""}),
     # for the demo: 32 x 32 pixels, 20 tokens
@@ -259,15 +237,17 @@ def load_model(spec, flag, need_weights=False):
             raise BadInput(f"{flag} {name}: unknown model; the nearest names are {near}")
         tags = open_clip.list_pretrained_tags_by_model(name)
         if not os.path.isfile(weights) and weights not in tags and (weights or need_weights):
-            found = f"{weights} is neither a file nor one of its tags" if weights else f"needs weights, {name}:FILE or :TAG"
+            found = f"{weights} is neither a file nor a tag" if weights else "needs weights, as NAME:FILE or NAME:TAG"
             raise BadInput(f"{flag} {spec}: {found}; tags of {name}: {', '.join(tags) or 'none'}")
     try:
         model = open_clip.create_model(name, weights, require_pretrained=need_weights, weights_only=True)
         return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)
     except Exception as error:  # a wrong file or a missing package can make open_clip stumble anywhere
-        misfits = re.findall(r'"([^"\s]+)"|size mismatch for (\S+):', str(error)) if "state_dict" in str(error) else []
-        first = ", ".join(key or resized for key, resized in misfits[:3])
-        reason = f"{len(misfits)} weights do not fit, the first are {first}" if misfits else str(error).split("\n")[0]
+        reason = " ".join(str(error).split())[:300]
+        with contextlib.suppress(Exception):  # if the file can be read at all, say what in it does not fit
+            has, wants = load_state_dict(weights), open_clip.create_model(name).state_dict()
+            wrong = [k for k in {**wants, **has} if k not in has or k not in wants or has[k].shape != wants[k].shape]
+            reason = f"{len(wrong)} weights are missing, unknown or of another shape, first {', '.join(wrong[:3])}"
         raise BadInput(f"{flag} {spec}: cannot be loaded: {reason}") from error
 
 
@@ -277,7 +257,6 @@ def autocast(device):
 
 
 # ---- The method. ----
-
 class Distiller(nn.Module):
     """The student and the few trainable parts its losses need. DDP wraps it, so all of it is synchronised and saved.
 
@@ -298,12 +277,12 @@ class Distiller(nn.Module):
         if "afd" in on:
             self.fuse_img, self.fuse_txt = nn.Linear(dim_s + dim_t, dim_s), nn.Linear(dim_s + dim_t, dim_s)
             self.afd_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        student.logit_scale.requires_grad_(not {"clip", "crd", "gd"}.isdisjoint(on))  # DDP wants a gradient for the rest
+        student.logit_scale.requires_grad_(not {"clip", "crd", "gd"}.isdisjoint(on))  # DDP: no idle parameters
         if "mfd" in on and isinstance(student.visual, open_clip.transformer.VisionTransformer):
-            student.visual.patch_dropout = open_clip.transformer.PatchDropout(0.0)  # no weights; on in encode_masked only
+            student.visual.patch_dropout = open_clip.transformer.PatchDropout(0.0)  # on in encode_masked only
 
     def forward(self, images, tokens, img_t=None, txt_t=None, scale_t=None):
-        """Normalised images [n, 3, H, W], tokens [n, context], teacher's unit rows [n, D_t] -> {loss: unweighted []}."""
+        """Normalised images [n, 3, H, W], tokens [n, context], unit rows [n, D_t] -> {loss: its value, unweighted}."""
         with autocast(images.device):
             x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
             m = self.encode_masked(images) if "mfd" in self.on else x
@@ -360,7 +339,7 @@ def teach(teacher, images, tokens):
 
 
 def make_optimizer(model, args):
-    """AdamW without decay on biases, norms and scales; betas and eps by the student's family, as the authors' scripts."""
+    """AdamW, no decay on biases, norms and scales; betas and eps by the student's family, as the authors' scripts."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
@@ -376,7 +355,6 @@ def lr_at(step, steps, warmup, peak):
 
 
 # ---- Evaluation, with open_clip's own preprocessing and prompts. Each process takes every WORLD-th batch. ----
-
 def read_pictures(preprocess, paths):
     pictures = []
     for path in paths:
@@ -428,7 +406,7 @@ def read_evaluations(args):
 
 
 def recalls(query, key, query_owner, key_owner):
-    """{R@k: percent of queries [Q, D] with a key [K, D] of their own image among the k nearest}; owner = image number."""
+    """{R@k: percent of queries [Q, D] with a key [K, D] of the same owner (image number) among the k nearest}."""
     hits = torch.cat([query_owner[i, None] == key_owner[(query[i] @ key.T).topk(min(10, len(key))).indices]
                       for i in torch.arange(len(query), device=query.device).split(1024)])  # [Q, 10]
     return {f"R@{k}": 100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
@@ -443,8 +421,8 @@ def evaluate(model, tokenizer, zeroshot, retrieval, workers, device):
         dist.broadcast(buffer, 0)
     read = partial(read_pictures, image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False))
     for name, (paths, labels, classes, templates) in zeroshot.items():
-        heads = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates, device=device)  # [D, classes]
-        best = (embed(model.encode_image, paths, read, device, workers) @ heads).argmax(1)
+        head = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates, device=device)  # [D, classes]
+        best = (embed(model.encode_image, paths, read, device, workers) @ head).argmax(1)
         result[f"{name} top-1"] = 100 * (best == torch.tensor(labels, device=device)).double().mean().item()
     if retrieval:
         number = {path: i for i, path in enumerate(dict.fromkeys(retrieval[0]))}  # each image once
@@ -458,10 +436,10 @@ def evaluate(model, tokenizer, zeroshot, retrieval, workers, device):
     return result
 
 
-# ---- Files of a run, written beside their names and then renamed: a kill leaves the old file or the new one, whole. ----
+# ---- Files of a run, written under another name and then renamed: a kill leaves the old or the new one, whole. ----
 
 # Flags that may differ when a run is continued; any other difference would make it another run.
-FREE = {"train_data", "val_data", "zeroshot", "workers", "out", "log_every", "save_every", "eval_every", "eval_only", "demo"}
+FREE = {"train_data", "val_data", "zeroshot", "workers", "out", "log_every", "save_every", "eval_every", "eval_only"}
 
 
 def replace(path, write):
@@ -497,7 +475,6 @@ def export(student, config, folder):
 
 
 # ---- Training. ----
-
 def train(args, device):
     """Train --student, or continue; returns its last evaluation: step, eval, seconds and parameters."""
     torch.manual_seed(args.seed)  # the same start on every process
@@ -512,16 +489,16 @@ def train(args, device):
             tokenizers.append(tokenizer_t)  # tokens[0] is for the student, tokens[-1] for the teacher
     size = max(np.max(model.visual.preprocess_cfg["size"]) for model in (student, teacher or student))
     data, evaluations = Pairs(args.train_data, int(size), tokenizers, args.seed), read_evaluations(args)
-    if len(data) < args.batch_size:
-        raise BadInput(f"--batch-size {args.batch_size}: more than the {len(data)} pairs of --train-data")
-
+    pairs = len(data.paths)
+    if pairs < args.batch_size:
+        raise BadInput(f"--batch-size {args.batch_size}: more than the {pairs} pairs of --train-data")
     distiller = Distiller(student, config["embed_dim"], dim_t, lambdas, args.mask_ratio).to(device)
     optimizer, normalise = make_optimizer(distiller, args), normaliser(student, device)
-    per_epoch = len(data) // args.batch_size  # pairs that fill no batch wait for another epoch's permutation
+    per_epoch = pairs // args.batch_size  # pairs that fill no batch wait for another epoch's permutation
     steps = args.epochs * per_epoch
     warmup = min(10_000, steps // 10) if args.warmup is None else args.warmup
 
-    recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE} | {"pairs": len(data)}
+    recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE} | {"pairs": pairs}
     first, before, log_end, result, out = 0, 0.0, 0, {}, Path(args.out)
     if state := load_checkpoint(out, recipe):
         distiller.load_state_dict(state["model"])
@@ -532,15 +509,14 @@ def train(args, device):
         log = open(out / "log.jsonl", "a")
         log.truncate(min(log_end, os.path.getsize(log.name)))  # lines newer than the checkpoint will come again
         if not first:
-            versions = {module.__name__: module.__version__ for module in (torch, open_clip)}
-            command = {"argv": sys.argv, "args": vars(args), "processes": WORLD, "versions": versions}
-            print(json.dumps(command), file=log)
+            print(json.dumps({"argv": sys.argv, "args": vars(args), "processes": WORLD, "torch": torch.__version__,
+                              "open_clip": open_clip.__version__}), file=log)
     model = distiller.train()
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None)
 
-    loader = DataLoader(data, batch_size=None, sampler=batch_keys(len(data), args.batch_size, args.seed, first, steps),
-                        num_workers=args.workers, pin_memory=device.type == "cuda")
+    keys = batch_keys(pairs, args.batch_size, args.seed, first, steps)
+    loader = DataLoader(data, None, sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=steps, initial=first, desc=args.out, unit="step", mininterval=1, disable=RANK > 0)
     start = end = time.perf_counter()
     waited, skips = 0.0, 0
@@ -560,15 +536,16 @@ def train(args, device):
 
         bar.update()
         done, epoch, spent = step + 1, (step + 1) / per_epoch, time.perf_counter() - start
-        log_now, save_now = (done % every == 0 or done == steps for every in (args.log_every, args.save_every or per_epoch))
+        log_now, save_now = (done % k == 0 or done == steps for k in (args.log_every, args.save_every or per_epoch))
         if log_now or save_now:  # .item() waits for the device, so only here
             values = {name: loss.item() for name, loss in losses.items()}
             if not all(map(math.isfinite, values.values())):
-                raise BadInput(f"--lr {args.lr}: a loss is not finite at step {done}: {values}; the files in {out} are of "
+                raise BadInput(f"--lr {args.lr}: at step {done} a loss is not finite: {values}; what {out} holds is of "
                                "an earlier step. Try a lower --lr or lambda, with another --out")
         if log_now and RANK == 0:
             record = {"step": done, "epoch": epoch, "total": total.item(), **values, "lr": group["lr"],
-                      "scale": student.logit_scale.exp().item(), "pairs_per_s": (done - first) * args.batch_size / spent,
+                      "scale": student.logit_scale.exp().item(),
+                      "pairs_per_s": (done - first) * args.batch_size / spent,
                       "seconds": before + spent, "data_wait": waited, "skipped": skips}
             print(json.dumps(record), file=log, flush=True)
             bar.set_postfix(loss=f"{record['total']:.3f}", **({"skipped_pictures": skips} if skips else {}))
@@ -585,7 +562,8 @@ def train(args, device):
             replace(out / "checkpoint.pt", lambda path: torch.save(state, path))
         end = time.perf_counter()
     bar.close()
-    wait()  # from here on student/ is there for every process
+    if WORLD > 1:
+        dist.barrier()  # from here on student/ is there for every process
     return result
 
 
@@ -595,7 +573,7 @@ def train(args, device):
 DEMO = {"student": "demo-student", "teacher": "demo-teacher", "epochs": 20, "batch_size": 64, "lambda_fd": 250.0,
         "save_every": 300, "eval_every": 0}
 TEACHER_EPOCHS, TEACHER_PAIRS, STUDENT_PAIRS = 4, 20_000, 2_000
-KEPT, WRONG = 0.6, 0.1  # chance that a caption keeps an attribute; that a student's caption has a wrong colour and shape
+KEPT, WRONG = 0.6, 0.1  # chance that a caption keeps an attribute; that a student's names a wrong colour and shape
 COLOURS = "red green blue yellow orange purple pink cyan brown olive".split()
 SHAPES = {  # inside(u, v) in the shape's own axes, scaled to [-1, 1]
     "circle": lambda u, v: u**2 + v**2 < 1,
@@ -635,9 +613,9 @@ def caption(colour, shape, size, place, ground, random, kept):
 def make_world(folder, seed):
     """Write the demo's pictures: four sets, each a TSV of captions and a tree of class folders at once."""
     random, temporary = np.random.default_rng(seed), folder.with_suffix(".tmp")
-    kinds = [*itertools.product(COLOURS, SHAPES)]  # 20 of the 100 are in no training picture:
-    hidden = {(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if (i + 3 * j) % 5 == 0}
+    kinds = [*itertools.product(COLOURS, SHAPES)]
     every = [*itertools.product(COLOURS, SHAPES, SIZES, PLACES, GROUNDS)]  # 4000
+    hidden = [kind for i, kind in enumerate(kinds) if (i // 10 + 3 * i) % 5 == 0]  # 20 of 100 are never trained on
     seen, unseen = [row for row in every if row[:2] not in hidden], [row for row in every if row[:2] in hidden]
 
     def write(name, rows, kept=1.0, wrong=0.0):
@@ -659,11 +637,12 @@ def make_world(folder, seed):
 
 
 def demo(args, device):
-    """Write the world, train the teacher, the student alone and the student with CLIP-KD; print a table of the three."""
+    """Write the world, train teacher, student alone and student with CLIP-KD, and print a table of the three."""
     root = f"{args.out}/seed{args.seed}"
     if RANK == 0 and not os.path.exists(f"{root}/data"):
         make_world(Path(root, "data"), args.seed)
-    wait()
+    if WORLD > 1:
+        dist.barrier()
     common = vars(args) | {"train_data": [f"{root}/data/students.tsv"], "val_data": f"{root}/data/seen.tsv",
                            "zeroshot": [f"{name}={root}/data/{name}" for name in ("seen", "held-out")]}
     alone = {f"lambda_{name}": float(name == "clip") for name in LOSSES}
@@ -674,28 +653,30 @@ def demo(args, device):
         out = f"{root}/{re.sub('[^a-z]+', '-', name.lower())}"
         rows[name] = train(argparse.Namespace(**common | changes | {"out": out}), device)
     if RANK == 0:
-        print("\n| | zero-shot top-1, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |\n|---|---|---|---|---|---|---|")
+        print("\n| | zero-shot, seen | zero-shot, held-out | I2T R@1 | T2I R@1 | parameters | time |")
+        print("|---" * 7 + "|")
         for name, row in rows.items():
             scores = [f"{row['eval'][key]:.1f}" for key in ("seen top-1", "held-out top-1", "I2T R@1", "T2I R@1")]
             print("|", " | ".join([name, *scores, f"{row['parameters'] / 1e6:.1f} M", f"{row['seconds']:.0f} s"]), "|")
         teacher, before, after = (row["eval"]["seen top-1"] for row in rows.values())
-        print(f"\nOn the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of the pictures when it learns "
-              f"alone and {after:.0f} % with CLIP-KD; its teacher, from {TEACHER_PAIRS} clean pairs, names {teacher:.0f} %.")
+        print(f"\nFrom the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of the shapes alone, "
+              f"{after:.0f} % with CLIP-KD; the teacher, from {TEACHER_PAIRS} clean pairs, names {teacher:.0f} %.")
 
 
 def main():
+    logging.disable(logging.WARNING)  # open_clip warns that a new student has no weights
     args = get_args()
-    device = setup(args.workers)
+    device = setup()
     if args.demo:
         demo(args, device)
+    elif args.eval_only:
+        model, tokenizer, _ = load_model(args.student, "--student", need_weights=True)
+        scores = evaluate(model.to(device), tokenizer, *read_evaluations(args), args.workers, device)
     else:
-        if args.eval_only:
-            model, tokenizer, _ = load_model(args.student, "--student", need_weights=True)
-            result = evaluate(model.to(device), tokenizer, *read_evaluations(args), args.workers, device)
-        else:
-            result = train(args, device)["eval"]
-        if RANK == 0:
-            print(" | ".join(f"{name} {value:.2f}" for name, value in result.items()) or "done")
+        scores = train(args, device)["eval"]
+    if RANK == 0 and not args.demo:
+        scores = [f"{name} {value:.2f}" for name, value in scores.items()]
+        print(args.student if args.eval_only else f"local-dir:{args.out}/student", *scores, sep=" | ")
     if WORLD > 1:
         dist.barrier()  # a process that leaves while another still talks makes gloo abort
         dist.destroy_process_group()
@@ -708,4 +689,4 @@ if __name__ == "__main__":
         time.sleep(2 * (RANK > 0))  # torchrun ends all once rank 0 has ended: one message instead of many
         sys.exit(print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nclipkd.py: stopped; the same command continues from the last checkpoint", file=sys.stderr) or 130)
+        sys.exit(print("\nclipkd.py: stopped; the same command continues from its checkpoint", file=sys.stderr) or 130)

@@ -327,3 +327,319 @@ def test_several_processes_have_the_gradient_of_one_for_every_parameter_and_loss
     assert {"student.logit_scale", "proj_img.bias", "fuse_txt.weight", "icl_log_scale", "afd_log_scale"} <= set(one)
     for name, gradient in one.items():
         assert (many[name] - gradient).abs().max() <= 1e-10 * gradient.abs().max(), name
+
+
+# ---- The script. ----
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """24 small JPEGs with a TSV, a folder of class folders, and a teacher in each format that --teacher reads."""
+    folder = tmp_path_factory.mktemp("world")
+    random = np.random.default_rng(0)
+    lines = ["filepath\ttitle"]
+    for i in range(24):
+        colour, shape = clipkd.COLOURS[i % 4], [*clipkd.SHAPES][i % 3]
+        file = f"{colour} {shape}/{i}.jpg"
+        (folder / "classes" / file).parent.mkdir(parents=True, exist_ok=True)
+        picture = clipkd.draw(colour, shape, "large", "in the middle", "white", random)
+        picture.resize((40, 36)).save(folder / "classes" / file)
+        lines.append(f"classes/{file}\ta {colour} {shape}")
+    (folder / "pairs.tsv").write_text("\n".join(lines))
+    teacher, _, config = clipkd.load_model("demo-teacher", "--teacher")
+    clipkd.export(teacher, config, folder / "dir")
+    state = teacher.state_dict()
+    torch.save(state, folder / "bare.pt")
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, folder / "wrapped.pt")
+    safetensors.torch.save_file(state, folder / "teacher.safetensors")
+    return folder
+
+
+def flags(world, out, **changes):
+    known = {"train-data": world / "pairs.tsv", "student": "demo-vit", "teacher": f"local-dir:{world}/dir", "out": out,
+             "epochs": 2, "batch-size": 8, "log-every": 1, "workers": 0, "lambda-fd": 250, "eval-every": 0} | changes
+    return [word for name, value in known.items() if value is not None for word in (f"--{name}", *str(value).split())]
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """main() in this process with small settings; keyword arguments replace flags, None drops one."""
+    def run(**changes):
+        changes = {name.replace("_", "-"): value for name, value in changes.items()}
+        monkeypatch.setattr(sys, "argv", ["clipkd.py", *flags(world, tmp_path / "out", **changes)])
+        clipkd.main()
+        return [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
+    return run
+
+
+def student_weights(out):
+    return safetensors.torch.load_file(Path(out) / "student/open_clip_model.safetensors")
+
+
+def test_a_run_logs_every_loss_saves_and_ends_with_its_scores(run, world, tmp_path, capsys):
+    log = run(zeroshot=f"shapes={world}/classes", val_data=world / "pairs.tsv")
+    assert log[0]["args"]["epochs"] == 2 and log[0]["torch"] == torch.__version__
+    steps = [line for line in log if "lr" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert line["total"] == pytest.approx(line["clip"] + line["crd"] + 250 * line["fd"] + line["icl"], rel=1e-5)
+        assert {"epoch", "scale", "pairs_per_s", "seconds", "data_wait", "skipped"} <= set(line)
+    assert set(log[-1]["eval"]) == {"shapes top-1", *(f"{way} R@{k}" for way in ("I2T", "T2I") for k in (1, 5, 10))}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"local-dir:{tmp_path}/out/student | shapes top-1 ")
+
+
+@pytest.mark.parametrize("file", ["bare.pt", "wrapped.pt", "teacher.safetensors"])
+def test_a_teacher_from_a_file_equals_the_one_from_a_folder(file, world):
+    a, *_ = clipkd.load_model(f"demo-teacher:{world}/{file}", "--teacher", need_weights=True)
+    b, *_ = clipkd.load_model(f"local-dir:{world}/dir", "--teacher", need_weights=True)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", clipkd.LOSSES)
+def test_each_lambda_alone_runs_and_logs_just_its_loss(name, run):
+    log = run(**{f"lambda_{n}": float(n == name) for n in clipkd.LOSSES}, epochs=1)
+    assert {key for key in log[1] if key in clipkd.LOSSES} == {name}
+
+
+def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run, tmp_path, monkeypatch):
+    whole = run(save_every=2, lambda_mfd=1)
+    weights = student_weights(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "whole")
+
+    def stop_at_step_3(step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return schedule(step, *rest)
+    schedule = clipkd.lr_at
+    monkeypatch.setattr(clipkd, "lr_at", stop_at_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        run(save_every=2, lambda_mfd=1)
+    monkeypatch.setattr(clipkd, "lr_at", schedule)
+    resumed = run(save_every=2, lambda_mfd=1, workers=1)  # loader processes change nothing either
+    assert [(x["step"], x["total"]) for x in whole[1:-1]] == [(x["step"], x["total"]) for x in resumed[1:-1]]
+    assert all(torch.equal(weights[key], value) for key, value in student_weights(tmp_path / "out").items())
+    before = (tmp_path / "out/log.jsonl").read_text()
+    run(save_every=2, lambda_mfd=1)
+    assert (tmp_path / "out/log.jsonl").read_text() == before  # a finished run has nothing left to do
+
+
+def test_the_student_folder_opens_with_open_clip_alone_and_gives_the_same_features(run, world, tmp_path):
+    run()
+    picture = next((world / "classes").glob("*/*.jpg"))
+    code = f"""if True:
+        import open_clip, torch
+        from PIL import Image
+        model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{tmp_path}/out/student")
+        tokens = open_clip.get_tokenizer("local-dir:{tmp_path}/out/student")(["a red circle"])
+        image = preprocess(Image.open({str(picture)!r}))[None]
+        torch.save([model.eval().encode_image(image), model.encode_text(tokens)], {str(tmp_path / 'features')!r})"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    student, tokenizer, _ = clipkd.load_model("demo-vit", "--student")
+    state = torch.load(tmp_path / "out/checkpoint.pt")["model"]
+    student.load_state_dict({k.removeprefix("student."): v for k, v in state.items() if k.startswith("student.")})
+    student.eval()
+    read = clipkd.partial(clipkd.read_pictures, clipkd.image_transform_v2(clipkd.PreprocessCfg(size=32), is_train=False))
+    img, txt = torch.load(tmp_path / "features")
+    assert torch.equal(img, student.encode_image(read([picture])))
+    assert torch.equal(txt, student.encode_text(tokenizer(["a red circle"])))
+
+
+def command(*words, cwd=ROOT, **environment):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=cwd, env=env)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "clipkd.py")
+
+
+def test_torchrun_with_two_processes_takes_the_same_steps_as_one(run, world, tmp_path):
+    # a ViT student: batch norm keeps its statistics per process
+    one = run(lambda_gd=1e3, lambda_afd=1, zeroshot=world / "classes", val_data=world / "pairs.tsv")
+    two = command(*TORCHRUN, *flags(world, tmp_path / "two", zeroshot=world / "classes", **{
+        "lambda-gd": 1e3, "lambda-afd": 1, "val-data": world / "pairs.tsv"}))
+    assert two.returncode == 0, two.stderr
+    log = [json.loads(line) for line in open(tmp_path / "two/log.jsonl")]
+    assert [x["total"] for x in log if "lr" in x] == pytest.approx([x["total"] for x in one if "lr" in x], rel=1e-4)
+    assert log[-1]["eval"].keys() == one[-1]["eval"].keys()
+
+
+def test_a_widths_mismatch_and_another_image_size_and_context_train_too(run, world, tmp_path):
+    config = clipkd.clip_config({"image_size": 48, "layers": 1, "width": 64, "patch_size": 16}, 40, 32, 2, 1, 12)
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    log = run(student=tmp_path / "tiny.json", lambda_mfd=100, lambda_gd=1, lambda_afd=1)  # 40 -> 64, 48 px, 12 tokens
+    assert all(np.isfinite(line["total"]) for line in log[1:-1])
+    assert open_clip.create_model(f"local-dir:{tmp_path}/out/student").context_length == 12
+
+
+def test_a_picture_that_cannot_be_decoded_gives_way_to_the_next_one(run, world, tmp_path):
+    good = (world / "pairs.tsv").read_text().replace("classes/", f"{world}/classes/")
+    (tmp_path / "broken.jpg").write_bytes(next((world / "classes").glob("*/*.jpg")).read_bytes()[:300])
+    (tmp_path / "pairs.tsv").write_text(good + "\nbroken.jpg\ta broken picture\n")
+    log = run(train_data=tmp_path / "pairs.tsv", epochs=8)
+    assert len(log) == 8 * 3 + 2 and log[-2]["skipped"] > 0
+
+
+def test_pairs_can_be_quoted_crlf_csv_with_other_columns_and_stray_quotes_lose_no_row(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_bytes(b'id,title,filepath\r\n1,"a, ""b""",a.png\r\n2,"lonely,a.png\r\n3,c,a.png\r\n')
+    (tmp_path / "b.tsv").write_bytes('filepath\ttitle\na.png\t5" disk\na.png\t"5\na.png\t\na.png\té\n'.encode())
+    paths, titles = clipkd.read_pairs([tmp_path / "a.csv", tmp_path / "b.tsv"])
+    assert titles == ['a, "b"', '"lonely', "c", '5" disk', "5", "é"] and set(paths) == {str(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"train-data": "nowhere.tsv"}, "nowhere.tsv: no such file"),
+    ({"train-data": "{tmp}/columns.csv"}, r"columns.csv: .*filepath and title; found \['path', 'text'\] .*comma"),
+    ({"train-data": "{tmp}/empty.tsv"}, "empty.tsv: no usable row"),
+    ({"train-data": "{tmp}/lost.tsv"}, "lost.tsv: no image .*gone.jpg; .*relative to"),
+    ({"student": "ViT-T-61"}, "--student ViT-T-61: .*nearest names are .*ViT-T-16"),
+    ({"teacher": "ViT-B-61:openai"}, "--teacher ViT-B-61: .*nearest names are .*ViT-B-16"),
+    ({"teacher": "ViT-B-16"}, "--teacher ViT-B-16: needs weights.*laion400m_e32"),
+    ({"teacher": "ViT-B-16:laion"}, "laion is neither a file nor a tag.*laion400m_e32"),
+    ({"teacher": "demo-student:{world}/bare.pt"}, r"of another shape, first \S+, \S+, \S+$"),
+    ({"teacher": "demo-teacher:{tmp}/empty.tsv"}, "--teacher .*empty.tsv: cannot be loaded"),
+    ({"batch-size": 25}, "--batch-size 25: more than the 24 pairs"),
+    ({"mask-ratio": 1}, r"--mask-ratio 1.0: .*\[0, 1\)"),
+    ({"lambda-fd": "nan"}, "--lambda-fd nan: must be a number"),
+    ({"lambda-crd": -1}, "--lambda-crd -1.0: must be a number"),
+    ({"lambda-icl": "inf"}, "--lambda-icl inf: must be a number"),
+    ({"epochs": 0}, "--epochs 0: must be a number"),
+    ({"val-data": "nowhere.tsv"}, "nowhere.tsv: no such file"),
+    ({"zeroshot": "nowhere"}, "--zeroshot nowhere: no such folder"),
+])
+def test_a_mistake_is_named_before_anything_is_written(changes, words, run, world, tmp_path):
+    (tmp_path / "columns.csv").write_text("path,text\na,b\n")
+    (tmp_path / "empty.tsv").write_text("filepath\ttitle\n\n")
+    (tmp_path / "lost.tsv").write_text("filepath\ttitle\ngone.jpg\tgone\n")
+    with pytest.raises(BadInput, match=words) as error:
+        run(**{name: str(value).format(tmp=tmp_path, world=world) for name, value in changes.items()})
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_run_or_cut_off_is_refused_and_kept(run, tmp_path):
+    run(epochs=1)
+    checkpoint = tmp_path / "out/checkpoint.pt"
+    whole = checkpoint.read_bytes()
+    with pytest.raises(BadInput, match="holds a run with --student demo-vit, this command has demo-student"):
+        run(epochs=1, student="demo-student")
+    with pytest.raises(BadInput, match="--seed 0, this command has 1"):
+        run(epochs=1, seed=1)
+    assert checkpoint.read_bytes() == whole
+    for content in (whole[: len(whole) // 2], b"", b"something else"):
+        checkpoint.write_bytes(content)
+        with pytest.raises(BadInput, match="checkpoint.pt: cut off, or not a checkpoint"):
+            run(epochs=1)
+        assert checkpoint.read_bytes() == content
+
+
+def test_processes_and_gpus_are_checked(monkeypatch):
+    monkeypatch.setattr(clipkd, "WORLD", 3)
+    with pytest.raises(BadInput, match="--batch-size 1024: .*multiple of 3"):
+        clipkd.get_args(["--train-data", "x.tsv"])
+    monkeypatch.setattr(clipkd, "LOCAL_WORLD", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(BadInput, match="3 processes but 2 GPUs: .*--nproc_per_node=2"):
+        clipkd.setup()
+
+
+def test_a_mistake_ends_with_one_line_and_exit_code_2(tmp_path):
+    result = command(sys.executable, ROOT / "clipkd.py", "--train-data", "nowhere.tsv", "--student", "demo-vit",
+                     "--lambda-crd", 0, "--lambda-fd", 0, "--lambda-icl", 0, cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+    assert result.stderr == ("clipkd.py: error: nowhere.tsv: no such file; expected a TSV or CSV with the columns "
+                             "filepath and title\n")
+
+
+def test_importing_clipkd_does_nothing(tmp_path):
+    result = command(sys.executable, "-c", "import clipkd", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+
+
+def test_without_flags_a_run_is_the_papers_recipe():
+    args = clipkd.get_args(["--train-data", "cc3m.tsv", "cc12m.tsv"])
+    assert (args.student, args.teacher) == ("ViT-T-16", "ViT-B-16:laion400m_e32")
+    weights = [getattr(args, f"lambda_{name}") for name in ("clip", "crd", "fd", "icl", "mfd", "gd", "afd")]
+    assert weights == [1, 1, 2000, 1, 0, 0, 0]
+    assert (args.batch_size, args.epochs, args.lr, args.weight_decay, args.warmup) == (1024, 32, 1e-3, 0.1, None)
+    demo = clipkd.get_args(["--lambda-fd", "7"])
+    assert demo.demo and demo.student == "demo-student" and demo.lambda_fd == 7  # what is typed wins
+
+
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    rates = [clipkd.lr_at(step, 12, 4, 2.0) for step in range(12)]
+    assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[8] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(1 + math.cos(0.75 * math.pi)) and rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+
+
+def test_biases_norms_and_scales_are_not_decayed_and_betas_follow_the_family():
+    args = clipkd.get_args(["--train-data", "x", "--student", "RN50"])
+    distiller = new_distiller("demo-vit", ALL)
+    decayed, plain = (group["params"] for group in clipkd.make_optimizer(distiller, args).param_groups)
+    names = {id(p): name for name, p in distiller.named_parameters()}
+    assert {"proj_img.weight", "fuse_txt.weight"} <= {names[id(p)] for p in decayed}
+    assert all(name.endswith(("weight", "embedding", "proj", "projection")) for name in map(names.get, map(id, decayed)))
+    assert all("ln_" in n or n.endswith(("bias", "scale", "class_embedding")) for n in map(names.get, map(id, plain)))
+    assert len(decayed) + len(plain) == len(names)
+    family = lambda name: clipkd.make_optimizer(distiller, copy.replace(args, student=name) if hasattr(copy, "replace") else
+                                                clipkd.argparse.Namespace(**{**vars(args), "student": name})).defaults
+    assert [(family(n)["betas"], family(n)["eps"]) for n in ("mobilevit_s", "RN50")] == [((0.9, 0.98), 1e-6), ((0.9, 0.999), 1e-8)]
+
+
+# ---- Evaluation. ----
+
+def test_recalls_count_every_caption_of_an_image():
+    img, txt = unit_rows(1, 3, 3), unit_rows(2, 7, 3)
+    owner = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    similar = [[dot(v, s) for s in txt] for v in img]
+    i2t = [owner[max(range(7), key=lambda j: similar[i][j])].item() == i for i in range(3)]
+    t2i = [max(range(3), key=lambda i: similar[i][j]) == owner[j].item() for j in range(7)]
+    assert clipkd.recalls(img, txt, torch.arange(3), owner)["R@1"] == pytest.approx(100 * sum(i2t) / 3)
+    assert clipkd.recalls(txt, img, owner, torch.arange(3))["R@1"] == pytest.approx(100 * sum(t2i) / 7)
+
+
+def test_class_folders_named_by_number_or_wnid_are_imagenets_classes(tmp_path):
+    for name in [*map(str, range(1000))]:
+        (tmp_path / "v2" / name).mkdir(parents=True)
+        (tmp_path / "v2" / name / "a.jpg").touch()
+    for wnid in ("n01440764", "n15075141"):  # tench, the first class, and toilet paper, the last
+        (tmp_path / "subset" / wnid).mkdir(parents=True)
+        (tmp_path / "subset" / wnid / "a.jpg").touch()
+    paths, labels, names, templates = clipkd.class_folders(tmp_path / "v2")
+    assert all(names[label] == open_clip.IMAGENET_CLASSNAMES[int(Path(p).parent.name)] for p, label in zip(paths, labels))
+    assert len(templates) == 80
+    assert clipkd.class_folders(tmp_path / "subset")[2] == ["tench", "toilet paper"]
+    (tmp_path / "subset/n99999999").mkdir()
+    with pytest.raises(BadInput, match="n99999999 is not one of ImageNet's 1000 classes"):
+        clipkd.class_folders(tmp_path / "subset")
+
+
+def test_zero_shot_top_1_agrees_with_a_classifier_built_by_hand(world):
+    torch.manual_seed(3)
+    model, tokenizer, _ = clipkd.load_model("demo-vit", "--student")
+    paths, labels, names, _ = folder = clipkd.class_folders(world / "classes")
+    score = clipkd.evaluate(model, tokenizer, {"x": folder}, None, 0, torch.device("cpu"))["x top-1"]
+    _, _, preprocess = open_clip.create_model_and_transforms("demo-vit")
+    right = 0
+    with torch.no_grad():
+        texts = [model.eval().encode_text(tokenizer([f"a photo of a {name}"]), normalize=True)[0] for name in names]
+        for path, label in zip(paths, labels):
+            row = model.encode_image(preprocess(Image.open(path))[None], normalize=True)[0]
+            right += max(range(len(names)), key=lambda c: dot(row, texts[c])) == label
+    assert score == pytest.approx(100 * right / len(paths))
+
+
+def test_the_papers_six_students_are_there_and_mobilenet_runs():
+    sizes = {"ViT-T-16": 5.6, "mobilenetv3_small_100": 2.0, "resnet18": 11.4}  # image tower in millions, the paper's Table 2
+    for name, millions in sizes.items():
+        model, *_ = clipkd.load_model(name, "--student")
+        assert sum(p.numel() for p in model.visual.parameters()) / 1e6 == pytest.approx(millions, abs=0.11)
+        assert model.encode_image(torch.zeros(2, 3, 224, 224)).shape == (2, 512)
+
+
+# ---- What the README promises. ----
+
+def test_the_readmes_example_of_one_loss_runs_and_prints_what_it_says():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    result = command(sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == re.findall(r"# prints (\S+)", code)
