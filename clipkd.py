@@ -25,6 +25,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from losses import afd_loss, clip_loss, crd_loss, fd_loss, gd_loss, icl_loss, mfd_loss
@@ -85,6 +86,8 @@ def get_args(argv=None):
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number in [{low:d}, {high})")
     if args.batch_size % WORLD:
         raise BadInput(f"--batch-size {args.batch_size}: is over all processes, so it must be a multiple of {WORLD}")
+    if not any(getattr(args, f"lambda_{name}") for name in LOSSES):
+        raise BadInput("--lambda-*: all are 0, so there is nothing to learn; give one a weight")
     if args.eval_only and not (args.val_data or args.zeroshot):
         raise BadInput("--eval-only: nothing to evaluate on; give --val-data, --zeroshot or both")
     return args
@@ -93,6 +96,7 @@ def get_args(argv=None):
 # ---- Data. What is random depends on (seed, epoch, index) alone: workers, processes and resuming change nothing. ----
 def read_pairs(files):
     """Image paths and captions of TSV or CSV files whose first line names the columns filepath and title."""
+    csv.field_size_limit(2**31 - 1)  # a caption may be of any length
     paths, titles = [], []
     for file in files:
         if not os.path.isfile(file):
@@ -112,7 +116,7 @@ def read_pairs(files):
                     titles.append(pair["title"])
         if len(paths) == first:
             raise BadInput(f"{file}: no usable row; each needs a filepath and a title")
-        for path in paths[first :: max(1, (len(paths) - first) // 1000)]:  # all of a small file, 1000 of a large one
+        for path in paths[first :: 1 + (len(paths) - first) // 20_000]:  # all of a small file, a sample of a large one
             if not os.path.isfile(path):
                 raise BadInput(f"{file}: no image {path}; a filepath is absolute, or relative to this file's folder")
     return paths, titles
@@ -158,8 +162,8 @@ def batch_keys(pairs, batch, seed, first, last):
     for step in range(first, last):
         epoch, k = divmod(step, pairs // batch)
         if step == first or k == 0:
-            order = torch.randperm(pairs, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)).tolist()
-        yield [(epoch, index) for index in order[k * batch + RANK * n :][:n]]
+            order = torch.randperm(pairs, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
+        yield [(epoch, index) for index in order[k * batch + RANK * n :][:n].tolist()]
 
 
 def normaliser(model, device):
@@ -207,12 +211,11 @@ def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77
 
 STUDENTS = {
     "ViT-T-16": clip_config({"layers": 12, "width": 192, "patch_size": 16}),  # 3 heads of 64
-    "mobilevit_s": clip_config({"timm_model_name": "mobilevit_s", "timm_pool": ""}),
     "swin_tiny": clip_config({"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": ""}),
     # timm's last layer is the projection: open_clip's would expect 576 inputs where timm now gives 1024
     "mobilenetv3_small_100": clip_config({"timm_model_name": "mobilenetv3_small_100", "timm_proj": ""}),
-    "efficientnet_b0": clip_config({"timm_model_name": "efficientnet_b0", "timm_pool": ""}),
-    "resnet18": clip_config({"timm_model_name": "resnet18", "timm_pool": ""}),
+    **{timm: clip_config({"timm_model_name": timm, "timm_pool": ""})
+       for timm in ("mobilevit_s", "efficientnet_b0", "resnet18")},
     # for the demo: 32 x 32 pixels, 20 tokens
     "demo-teacher": clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 12}, 64, 64, 2, 1, 20),
     "demo-student": clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, 64, 32, 2, 1, 20),
@@ -223,37 +226,41 @@ STUDENTS = {
 def load_model(spec, flag, need_weights=False):
     """(open_clip model, its tokenizer, its configuration) from any form that --help lists; `flag` is for messages."""
     name, weights = spec, None
-    if not spec.startswith(("local-dir:", "hf-hub:")):
-        name, _, weights = spec.partition(":")
-        if name.endswith(".json") and os.path.isfile(name):
-            open_clip.add_model_config(name)
-            name = Path(name).stem
-        elif name in STUDENTS:
-            with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from JSON files only
-                Path(folder, f"{name}.json").write_text(json.dumps(STUDENTS[name]))
-                open_clip.add_model_config(folder)
-        if name not in (known := [*open_clip.list_models(), *STUDENTS]):
-            near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3)) or "in open_clip.list_models()"
-            raise BadInput(f"{flag} {name}: unknown model; the nearest names are {near}")
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if not os.path.isfile(weights) and weights not in tags and (weights or need_weights):
-            found = f"{weights} is neither a file nor a tag" if weights else "needs weights, as NAME:FILE or NAME:TAG"
-            raise BadInput(f"{flag} {spec}: {found}; tags of {name}: {', '.join(tags) or 'none'}")
     try:
+        if not spec.startswith(("local-dir:", "hf-hub:")):
+            name, _, weights = spec.partition(":")
+            if name.endswith(".json"):
+                open_clip.add_model_config(name)
+                name = Path(name).stem
+            elif name in STUDENTS:
+                with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from JSON files only
+                    Path(folder, f"{name}.json").write_text(json.dumps(STUDENTS[name]))
+                    open_clip.add_model_config(folder)
+            if name not in (known := [*open_clip.list_models(), *STUDENTS]):
+                near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3)) or "in open_clip.list_models()"
+                raise BadInput(f"{flag} {name}: unknown model; the nearest names are {near}")
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            if not os.path.isfile(weights) and weights not in tags and (weights or need_weights):
+                found = f"{weights} is neither a file nor a tag" if weights else "needs weights, NAME:FILE or NAME:TAG"
+                raise BadInput(f"{flag} {spec}: {found}; tags of {name}: {', '.join(tags) or 'none'}")
         model = open_clip.create_model(name, weights, require_pretrained=need_weights, weights_only=True)
         return model, open_clip.get_tokenizer(name), open_clip.get_model_config(name)
+    except BadInput:
+        raise
     except Exception as error:  # a wrong file or a missing package can make open_clip stumble anywhere
-        reason = " ".join(str(error).split())[:300]
+        reason, wrong = " ".join(str(error).split())[:300], []
         with contextlib.suppress(Exception):  # if the file can be read at all, say what in it does not fit
             has, wants = load_state_dict(weights), open_clip.create_model(name).state_dict()
             wrong = [k for k in {**wants, **has} if k not in has or k not in wants or has[k].shape != wants[k].shape]
+        if wrong:
             reason = f"{len(wrong)} weights are missing, unknown or of another shape, first {', '.join(wrong[:3])}"
         raise BadInput(f"{flag} {spec}: cannot be loaded: {reason}") from error
 
 
 def autocast(device):
-    """bfloat16 inside the towers on a GPU that has it, float32 elsewhere. Unlike float16 it needs no GradScaler."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    """bfloat16 inside the towers on a GPU that has it (Ampere on), else float32. Unlike float16 it needs no scaler."""
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 # ---- The method. ----
@@ -287,11 +294,11 @@ class Distiller(nn.Module):
             x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
             m = self.encode_masked(images) if "mfd" in self.on else x
         x, y, m = (e.to(self.student.logit_scale.dtype) for e in (x, y, m))
-        img_s, txt_s = gather(F.normalize(x, dim=1)), gather(F.normalize(y, dim=1))  # [N, D_s]
-        img_p, txt_p = img_s, txt_s
+        def rows(embedding):  # [n, D] -> unit rows [N, D]
+            return gather(F.normalize(embedding, dim=1))
+        img_s, txt_s = img_p, txt_p = rows(x), rows(y)  # [N, D_s]
         if self.project:
-            x, y, m = self.proj_img(x), self.proj_txt(y), self.proj_img(m)
-            img_p, txt_p = gather(F.normalize(x, dim=1)), gather(F.normalize(y, dim=1))  # [N, D_t]
+            m, img_p, txt_p = self.proj_img(m), rows(self.proj_img(x)), rows(self.proj_txt(y))  # [N, D_t]
         if img_t is not None:
             img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
         scale_s = self.student.logit_scale.exp()
@@ -299,7 +306,7 @@ class Distiller(nn.Module):
             "clip": lambda: clip_loss(img_s, txt_s, scale_s),
             "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t),
             "fd": lambda: fd_loss(img_p, txt_p, img_t, txt_t),
-            "mfd": lambda: mfd_loss(gather(F.normalize(m, dim=1)), txt_p, img_t, txt_t),
+            "mfd": lambda: mfd_loss(rows(m), txt_p, img_t, txt_t),
             "gd": lambda: gd_loss(img_p, txt_p, img_t, txt_t, scale_s, scale_t),
             "icl": lambda: icl_loss(img_p, txt_p, img_t, txt_t, self.icl_log_scale.exp()),
             "afd": lambda: afd_loss(img_s, txt_s, img_t, txt_t, self.fuse_img, self.fuse_txt, self.afd_log_scale.exp()),
@@ -309,7 +316,8 @@ class Distiller(nn.Module):
     def encode_masked(self, images):
         """Raw student embedding [n, D_s] of images that lost mask_ratio of their patches at random (Eq. 12).
 
-        A ViT drops the patches, as MAE does; other towers get them blanked (0 = the mean colour) on a 14 x 14 grid.
+        A ViT drops the patches, as MAE does; other towers get them blanked (0 = the mean colour) on a 14 x 14 grid,
+        patches of 16 pixels at 224.
         """
         drop = getattr(self.student.visual, "patch_dropout", None)
         if drop is None:
@@ -340,9 +348,10 @@ def teach(teacher, images, tokens):
 
 def make_optimizer(model, args):
     """AdamW, no decay on biases, norms and scales; betas and eps by the student's family, as the authors' scripts."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": args.weight_decay},
-              {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim < 2 or "bias" in name]["params"].append(p)  # Swin's position biases are matrices
     betas, eps = ((0.9, 0.98), 1e-6) if "vit" in args.student.lower() else ((0.9, 0.999), 1e-8)
     return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=eps, fused=True)
 
@@ -356,14 +365,10 @@ def lr_at(step, steps, warmup, peak):
 
 # ---- Evaluation, with open_clip's own preprocessing and prompts. Each process takes every WORLD-th batch. ----
 def read_pictures(preprocess, paths):
-    pictures = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                pictures.append(preprocess(image))
-        except Exception as error:  # leaving it out would change the score
-            raise BadInput(f"{path}: picture of an evaluation cannot be read: {error}") from error
-    return torch.stack(pictures)
+    try:
+        return torch.stack([preprocess(Image.open(path := name)) for name in paths])
+    except Exception as error:  # leaving it out would change the score
+        raise BadInput(f"{path}: this evaluation picture cannot be read: {error}") from error
 
 
 @torch.no_grad()
@@ -383,7 +388,7 @@ def class_folders(root):
     """Image paths, their labels, class names and prompt templates of a folder of class folders."""
     if not os.path.isdir(root):
         raise BadInput(f"--zeroshot {root}: no such folder; expected one folder per class, with its images in it")
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
     names, templates = [folder.replace("_", " ") for folder in folders], ["a photo of a {}"]
     if any(re.fullmatch(r"n\d{8}", folder) for folder in folders) or set(folders) == {str(i) for i in range(1000)}:
         # ImageNet, -R, -A, -Sketch (the classes present), or -V2, where folder "10" sorts before "2"
@@ -393,7 +398,7 @@ def class_folders(root):
         names = [open_clip.IMAGENET_CLASSNAMES[number[folder]] for folder in folders]
         templates = open_clip.OPENAI_IMAGENET_TEMPLATES
     files = [(str(path), label) for label, folder in enumerate(folders)
-             for path in sorted(Path(root, folder).iterdir()) if path.is_file()]
+             for path in sorted(Path(root, folder).iterdir()) if path.suffix.lower() in IMG_EXTENSIONS]
     if not files:
         raise BadInput(f"--zeroshot {root}: no class folder with images in it")
     return *zip(*files), names, templates
@@ -439,7 +444,7 @@ def evaluate(model, tokenizer, zeroshot, retrieval, workers, device):
 # ---- Files of a run, written under another name and then renamed: a kill leaves the old or the new one, whole. ----
 
 # Flags that may differ when a run is continued; any other difference would make it another run.
-FREE = {"train_data", "val_data", "zeroshot", "workers", "out", "log_every", "save_every", "eval_every", "eval_only"}
+FREE = {*"demo train_data val_data zeroshot workers out log_every save_every eval_every eval_only".split()}
 
 
 def replace(path, write):
@@ -485,7 +490,8 @@ def train(args, device):
         teacher, tokenizer_t, config_t = load_model(args.teacher, "--teacher", need_weights=True)
         teacher.to(device).eval().requires_grad_(False)
         normalise_t, scale_t, dim_t = normaliser(teacher, device), teacher.logit_scale.exp(), config_t["embed_dim"]
-        if (type(tokenizer_t), tokenizer_t.context_length) != (type(tokenizer), tokenizer.context_length):
+        vocabularies = [cfg["text_cfg"].get("hf_tokenizer_name") for cfg in (config, config_t)]
+        if vocabularies[0] != vocabularies[1] or tokenizer.context_length != tokenizer_t.context_length:
             tokenizers.append(tokenizer_t)  # tokens[0] is for the student, tokens[-1] for the teacher
     size = max(np.max(model.visual.preprocess_cfg["size"]) for model in (student, teacher or student))
     data, evaluations = Pairs(args.train_data, int(size), tokenizers, args.seed), read_evaluations(args)
@@ -515,6 +521,21 @@ def train(args, device):
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None)
 
+    def save(done):
+        if RANK == 0:
+            export(student, config, out / "student")
+            state = {"recipe": recipe, "step": done, "seconds": before + time.perf_counter() - start, "result": result,
+                     "log_end": log.tell(), "model": distiller.state_dict(), "optimizer": optimizer.state_dict()}
+            replace(out / "checkpoint.pt", lambda path: torch.save(state, path))
+
+    def score(done):
+        scores = evaluate(student, tokenizer, *evaluations, args.workers, device)
+        result.update(step=done, epoch=done / per_epoch, eval=scores, seconds=before + time.perf_counter() - start,
+                      parameters=sum(parameter.numel() for parameter in student.parameters()))
+        if RANK == 0:
+            print(json.dumps(result), file=log, flush=True)
+        save(done)  # once more, with the scores
+
     keys = batch_keys(pairs, args.batch_size, args.seed, first, steps)
     loader = DataLoader(data, None, sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=steps, initial=first, desc=args.out, unit="step", mininterval=1, disable=RANK > 0)
@@ -523,7 +544,7 @@ def train(args, device):
     for step, (images, tokens, skipped) in enumerate(loader, first):
         waited, skips = waited + time.perf_counter() - end, skips + skipped
         images, tokens = images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
-        torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks
+        torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks, Swin's stochastic depth
         from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if teacher else ()
         losses = model(normalise(images), tokens[0], *from_teacher)
         total = sum(lambdas[name] * loss for name, loss in losses.items())
@@ -535,7 +556,7 @@ def train(args, device):
         distiller.clamp_scales()
 
         bar.update()
-        done, epoch, spent = step + 1, (step + 1) / per_epoch, time.perf_counter() - start
+        done = step + 1
         log_now, save_now = (done % k == 0 or done == steps for k in (args.log_every, args.save_every or per_epoch))
         if log_now or save_now:  # .item() waits for the device, so only here
             values = {name: loss.item() for name, loss in losses.items()}
@@ -543,24 +564,19 @@ def train(args, device):
                 raise BadInput(f"--lr {args.lr}: at step {done} a loss is not finite: {values}; what {out} holds is of "
                                "an earlier step. Try a lower --lr or lambda, with another --out")
         if log_now and RANK == 0:
-            record = {"step": done, "epoch": epoch, "total": total.item(), **values, "lr": group["lr"],
-                      "scale": student.logit_scale.exp().item(),
-                      "pairs_per_s": (done - first) * args.batch_size / spent,
-                      "seconds": before + spent, "data_wait": waited, "skipped": skips}
+            spent = time.perf_counter() - start
+            record = {"step": done, "epoch": done / per_epoch, "total": total.item(), **values, "lr": group["lr"],
+                      "scale": student.logit_scale.exp().item(), "seconds": before + spent, "data_wait": waited,
+                      "pairs_per_s": (done - first) * args.batch_size / spent, "skipped": skips}
             print(json.dumps(record), file=log, flush=True)
             bar.set_postfix(loss=f"{record['total']:.3f}", **({"skipped_pictures": skips} if skips else {}))
-        if done == steps or args.eval_every and epoch % args.eval_every == 0:
-            scores = evaluate(student, tokenizer, *evaluations, args.workers, device)
-            result = {"step": done, "epoch": epoch, "eval": scores, "seconds": before + time.perf_counter() - start,
-                      "parameters": sum(parameter.numel() for parameter in student.parameters())}
-            if RANK == 0:
-                print(json.dumps(result), file=log, flush=True)
-        if save_now and RANK == 0:
-            export(student, config, out / "student")
-            state = {"recipe": recipe, "step": done, "seconds": before + spent, "log_end": log.tell(),
-                     "result": result, "model": distiller.state_dict(), "optimizer": optimizer.state_dict()}
-            replace(out / "checkpoint.pt", lambda path: torch.save(state, path))
+        if save_now:
+            save(done)
+        if args.eval_every and done % (args.eval_every * per_epoch) == 0:
+            score(done)
         end = time.perf_counter()
+    if result.get("step") != steps:
+        score(steps)
     bar.close()
     if WORLD > 1:
         dist.barrier()  # from here on student/ is there for every process
@@ -638,6 +654,10 @@ def make_world(folder, seed):
 
 def demo(args, device):
     """Write the world, train teacher, student alone and student with CLIP-KD, and print a table of the three."""
+    for flag in ("student", "teacher"):
+        load_model(getattr(args, flag), f"--{flag}")  # a wrong name is told before anything is written
+    if args.batch_size > STUDENT_PAIRS:
+        raise BadInput(f"--batch-size {args.batch_size}: more than the {STUDENT_PAIRS} pairs of the demo's students")
     root = f"{args.out}/seed{args.seed}"
     if RANK == 0 and not os.path.exists(f"{root}/data"):
         make_world(Path(root, "data"), args.seed)
@@ -659,8 +679,8 @@ def demo(args, device):
             scores = [f"{row['eval'][key]:.1f}" for key in ("seen top-1", "held-out top-1", "I2T R@1", "T2I R@1")]
             print("|", " | ".join([name, *scores, f"{row['parameters'] / 1e6:.1f} M", f"{row['seconds']:.0f} s"]), "|")
         teacher, before, after = (row["eval"]["seen top-1"] for row in rows.values())
-        print(f"\nFrom the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of the shapes alone, "
-              f"{after:.0f} % with CLIP-KD; the teacher, from {TEACHER_PAIRS} clean pairs, names {teacher:.0f} %.")
+        print(f"\nFrom the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of new pictures right when "
+              f"alone and {after:.0f} % with CLIP-KD; its teacher, from {TEACHER_PAIRS} clean pairs, {teacher:.0f} %.")
 
 
 def main():
@@ -687,6 +707,8 @@ if __name__ == "__main__":
         main()
     except BadInput as error:
         time.sleep(2 * (RANK > 0))  # torchrun ends all once rank 0 has ended: one message instead of many
-        sys.exit(print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr) or 2)
+        print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print("\nclipkd.py: stopped; the same command continues from its checkpoint", file=sys.stderr) or 130)
+        print("\nclipkd.py: stopped; the same command continues from its checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -35,11 +35,12 @@ def clip_loss(img, txt, scale):
 def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
     """Contrastive relational distillation: copy the teacher's softmax over the batch. Eq. 4-10.
 
-        p_k[j] = exp(v_k . s_j / tau) / sum_b exp(v_k . s_b / tau)    p^T with teacher rows and tau^T, p^S with student's
+        p_k[j] = exp(v_k . s_j / tau) / sum_b exp(v_k . s_b / tau)    p^T: teacher's rows and tau, p^S: student's
         L_I->T = 1/N sum_k sum_j p^T_k[j] log(p^T_k[j] / p^S_k[j]),    L_T->I = the same with v and s exchanged
+        L_CRD = (L_I->T + L_T->I) / 2
 
     Shapes: img_s, txt_s [N, D_s]; img_t, txt_t [N, D_t]; unit rows; D_s and D_t may differ. scale_* [] = 1/tau.
-    Returns: [] in nats; 0 when the student's similarities are the teacher's, whatever its axes.
+    Returns: [] in nats; 0 when scale_s times the student's similarities is scale_t times the teacher's, on any axes.
     Reduction: mean over the N rows and over the two directions; weight --lambda-crd 1.
     Authors' code: the same. Eq. 10 prints the sum of the directions, twice this value.
     """
@@ -48,9 +49,9 @@ def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img_s, txt_s, img_t, txt_t))
         logits_s = scale_s * img_s @ txt_s.T  # [N, N], row k = image k against every text
         logits_t = scale_t * img_t @ txt_t.T
-        kl = [F.kl_div(s.log_softmax(1), t.log_softmax(1), reduction="batchmean", log_target=True)  # KL(teacher||student)
-              for s, t in ((logits_s, logits_t), (logits_s.T, logits_t.T))]
-        return (kl[0] + kl[1]) / 2
+        i2t = F.kl_div(logits_s.log_softmax(1), logits_t.log_softmax(1), reduction="batchmean", log_target=True)
+        t2i = F.kl_div(logits_s.T.log_softmax(1), logits_t.T.log_softmax(1), reduction="batchmean", log_target=True)
+        return (i2t + t2i) / 2  # each KL(teacher || student)
 
 
 def fd_loss(img_s, txt_s, img_t, txt_t):
