@@ -679,7 +679,7 @@ def demo(args, device):
             scores = [f"{row['eval'][key]:.1f}" for key in ("seen top-1", "held-out top-1", "I2T R@1", "T2I R@1")]
             print("|", " | ".join([name, *scores, f"{row['parameters'] / 1e6:.1f} M", f"{row['seconds']:.0f} s"]), "|")
         teacher, before, after = (row["eval"]["seen top-1"] for row in rows.values())
-        print(f"\nFrom the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of new pictures right when "
+        print(f"\nFrom the same {STUDENT_PAIRS} noisy pairs the same student names {before:.0f} % of new pictures when "
               f"alone and {after:.0f} % with CLIP-KD; its teacher, from {TEACHER_PAIRS} clean pairs, {teacher:.0f} %.")
 
 
