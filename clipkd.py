@@ -586,9 +586,9 @@ def train(args, device):
 # ---- Demo: the paper's strongest setting (Table 5) in miniature. A teacher that saw many clean pairs, students with
 # few and noisy ones, in a world of captioned shapes. Real files, and the same train() as any run. ----
 
-DEMO = {"student": "demo-student", "teacher": "demo-teacher", "epochs": 20, "batch_size": 64, "lambda_fd": 250.0,
+DEMO = {"student": "demo-student", "teacher": "demo-teacher", "epochs": 16, "batch_size": 64, "lambda_fd": 250.0,
         "save_every": 300, "eval_every": 0}
-TEACHER_EPOCHS, TEACHER_PAIRS, STUDENT_PAIRS = 4, 20_000, 2_000
+TEACHER_EPOCHS, TEACHER_PAIRS, STUDENT_PAIRS = 3, 20_000, 2_000
 KEPT, WRONG = 0.6, 0.1  # chance that a caption keeps an attribute; that a student's names a wrong colour and shape
 COLOURS = "red green blue yellow orange purple pink cyan brown olive".split()
 SHAPES = {  # inside(u, v) in the shape's own axes, scaled to [-1, 1]
