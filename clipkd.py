@@ -48,18 +48,18 @@ def get_args(argv=None):
     add("--train-data", nargs="+", metavar="FILE", help="TSV or CSV with columns filepath (relative to FILE) and title")
     add("--val-data", metavar="FILE", help="the same, for image-text retrieval; an image may have several rows")
     add("--zeroshot", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of class folders, ImageNet's or any")
-    add("--workers", type=int, default=min(8, CORES // 2), help="(half its cores, at most 8) loaders of a process")
+    add("--workers", type=int, default=min(8, CORES // 2), help="(half the cores, at most 8) loaders for each process")
     forms = "NAME, NAME:TAG, NAME:FILE, local-dir:DIR, hf-hub:ORG/NAME of open_clip, or a configuration FILE.json"
     add = parser.add_argument_group("models", forms).add_argument
     add("--student", default="ViT-T-16", help=f"(ViT-T-16) open_clip's names and {', '.join(STUDENTS)}")
-    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) needs weights")
-    add = parser.add_argument_group("losses", "total = sum of lambda * loss, as typed; 0 = not computed").add_argument
+    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) with weights; not read without KD")
+    add = parser.add_argument_group("losses", "total = sum of lambda * loss, unscaled; 0 = not computed").add_argument
     add("--lambda-clip", type=float, default=1, help="(1) task loss, nats")
     add("--lambda-crd", type=float, default=1, help="(1) contrastive relational distillation, nats")
     add("--lambda-fd", type=float, default=2000, help="(2000) feature distillation, mean over N and D; demo: 250")
     add("--lambda-icl", type=float, default=1, help="(1) interactive contrastive learning, nats")
     add("--lambda-mfd", type=float, default=0, help="(0) masked feature distillation; the paper's ablation: 2000")
-    add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 at N = 1024, as N^2")
+    add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 (N/1024)^2")
     add("--lambda-afd", type=float, default=0, help="(0) augmented feature distillation, nats; the paper gives none")
     add("--mask-ratio", type=float, default=0.75, help="(0.75) share of the patches that MFD hides, in [0, 1)")
     add = parser.add_argument_group("optimiser: AdamW, linear warm-up, then cosine to 0").add_argument
@@ -72,8 +72,8 @@ def get_args(argv=None):
     add("--out", default="out", metavar="DIR", help="(out) folder of the run; a checkpoint in it is continued")
     add("--seed", type=int, default=0, help="(0)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="(50)")
-    add("--save-every", type=int, metavar="STEPS", help="(an epoch) checkpoint.pt and student/")
-    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="(1) 0: only at the end")
+    add("--save-every", type=int, metavar="STEPS", help="(once an epoch) write checkpoint.pt and student/")
+    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="(1) evaluate; 0 = only at the end")
     add("--eval-only", action="store_true", help="evaluate --student on --val-data and --zeroshot, train nothing")
 
     args = parser.parse_args(argv)
@@ -238,6 +238,7 @@ def load_model(spec, flag, need_weights=False):
                     open_clip.add_model_config(folder)
             if name not in (known := [*open_clip.list_models(), *STUDENTS]):
                 near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3)) or "in open_clip.list_models()"
+                near = f"local-dir:{name}" if os.path.isdir(name) else near
                 raise BadInput(f"{flag} {name}: unknown model; the nearest names are {near}")
             tags = open_clip.list_pretrained_tags_by_model(name)
             if not os.path.isfile(weights) and weights not in tags and (weights or need_weights):

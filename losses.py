@@ -75,6 +75,7 @@ def mfd_loss(img_s_masked, txt_s, img_t, txt_t):
         L_MFD = 1/(N D) sum_k ( |v^T_k - v~^S_k|^2 + |s^T_k - s^S_k|^2 ),    v~ = student row of the masked image
 
     Shapes: all [N, D], unit rows; needs D_s == D_t. The teacher sees the whole image, and no text is masked.
+    The masking itself is Distiller.encode_masked in clipkd.py.
     Returns: [] in squared distance per dimension; equals fd_loss at mask ratio 0.
     Reduction: as fd_loss; weight --lambda-mfd 2000.
     Authors' code: computes the masked row, then overwrites it with that of the whole image, so that MFD is FD.
