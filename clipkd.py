@@ -52,7 +52,7 @@ def get_args(argv=None):
     forms = "NAME, NAME:TAG, NAME:FILE, local-dir:DIR, hf-hub:ORG/NAME of open_clip, or a configuration FILE.json"
     add = parser.add_argument_group("models", forms).add_argument
     add("--student", default="ViT-T-16", help=f"(ViT-T-16) open_clip's names and {', '.join(STUDENTS)}")
-    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) with weights; not read without KD")
+    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) not read without KD losses")
     add = parser.add_argument_group("losses", "total = sum of lambda * loss, unscaled; 0 = not computed").add_argument
     add("--lambda-clip", type=float, default=1, help="(1) task loss, nats")
     add("--lambda-crd", type=float, default=1, help="(1) contrastive relational distillation, nats")
