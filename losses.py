@@ -145,3 +145,41 @@ def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale):
         img = F.normalize(fuse_img(torch.cat([img_s, img_t], dim=1)), dim=1)  # [N, D]
         txt = F.normalize(fuse_txt(torch.cat([txt_s, txt_t], dim=1)), dim=1)
         return clip_loss(img, txt, scale)
+
+
+# ---- Not losses: what hides patches for MFD, and the measures of the evaluation. ----
+
+def blank_patches(images, ratio, grid=14):
+    """Images [n, 3, H, W] with `ratio` of the patches of a grid x grid set to 0 (the mean colour), at random in each.
+
+    Stands in for the patch dropping of Eq. 12 where the image tower is no ViT: patches of 16 pixels at 224.
+    """
+    noise = torch.rand(len(images), grid**2, device=images.device)
+    keep = noise.argsort(1).argsort(1) < int(grid**2 * (1 - ratio))  # exactly so many in each image
+    return images * F.interpolate(keep.view(-1, 1, grid, grid).to(images.dtype), images.shape[2:])
+
+
+def recalls(query, key, query_owner, key_owner):
+    """{"R@k": percent of queries [Q, D] with a key [K, D] of the same owner (image number) among the k nearest}.
+
+    By 1024 queries at a time: never a Q x K matrix.
+    """
+    hits = torch.cat([q_owner[:, None] == key_owner[(q @ key.T).topk(min(10, len(key))).indices]
+                      for q, q_owner in zip(query.split(1024), query_owner.split(1024))])  # [Q, 10]
+    return {f"R@{k}": 100 * hits[:, :k].any(1).double().mean().item() for k in (1, 5, 10)}
+
+
+def pair_gap(img, txt, owner):
+    """Mean similarity of matching pairs minus that of the others (Fig. 2b); owner [C] = image number of each caption."""
+    img, txt = img.double(), txt.double()
+    matching, every = (img[owner] * txt).sum(), img.sum(0) @ txt.sum(0)  # no I x C matrix: sums are linear
+    return matching / len(txt) - (every - matching) / (len(img) * len(txt) - len(txt))
+
+
+def linear_cka(x, y):
+    """Linear CKA of rows x [N, D] and y [N, E] (Fig. 3), 0..1: |Y^T X|^2 / (|X^T X| |Y^T Y|), columns centred.
+
+    Frobenius norms; does not change when either side is rotated or scaled (Kornblith et al. 2019).
+    """
+    x, y = (z.double() - z.double().mean(0) for z in (x, y))
+    return (y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
