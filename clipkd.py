@@ -27,7 +27,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(usage="clipkd.py [--flag value ...]", description=__doc__.split("\n")[0]
                                      + " Without --train-data and --eval-only: a demo on pictures that it draws.")
     add = parser.add_argument_group("data").add_argument
-    add("--train-data", nargs="+", metavar="FILE", help="TSV or CSV with columns filepath (from FILE's folder) and title; "
+    add("--train-data", nargs="+", metavar="FILE", help="TSV or CSV with columns filepath (from FILE on) and title; "
         "tars of KEY.jpg and KEY.txt, also as a folder or 'cc12m/{00000..01242}.tar'")
     add("--val-data", nargs="+", default=[], metavar="[NAME=]FILE", help="retrieval: the same, where an image may have "
         "several rows, or COCO's captions.json, or Flickr30k's .txt")
@@ -84,6 +84,7 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw, ImageFont
@@ -256,17 +257,9 @@ def barrier():
         dist.barrier()
 
 def gather(x):
-    """Rows of every process in rank order: [n, D] -> [N, D]; the identity on one process.
-
-    all_gather has no gradient, so our own rows go back in, with their gradient times WORLD: every process computes
-    the whole loss, and DDP then averages over the processes. The result is exactly the one-process gradient.
-    """
-    if WORLD == 1:
-        return x
-    rows = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(rows, x.detach().contiguous())
-    rows[RANK] = x + (WORLD - 1) * (x - x.detach())  # value x, gradient WORLD * dx
-    return torch.cat(rows)
+    """Rows of every process in rank order: [n, D] -> [N, D]. In backward each row gets the gradients of all processes:
+    they sum up here and DDP divides by WORLD, so the mean of the processes' losses has the one-process gradient."""
+    return torch.cat(dist.nn.functional.all_gather(x)) if WORLD > 1 else x
 
 # ---- Models, all from open_clip. Of the paper's students (Table 2) it lacks these six; they share one text tower. ----
 def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77):
@@ -338,7 +331,8 @@ class Distiller(nn.Module):
             student.visual.patch_dropout = open_clip.transformer.PatchDropout(0.0)  # on in encode_masked only
 
     def forward(self, images, tokens, img_t=None, txt_t=None, scale_t=None):
-        """Normalised images [n, 3, H, W], tokens [n, context], unit rows [n, D_t] -> {loss: its value, unweighted}."""
+        """Normalised images [n, 3, H, W], tokens [n, context], unit rows [n, D_t] -> {loss: its value, unweighted, of
+        the pairs of this process}."""
         with autocast(images.device):
             x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
             m = self.encode_masked(images) if "mfd" in self.on else x
@@ -348,15 +342,16 @@ class Distiller(nn.Module):
             m, img_p, txt_p = self.proj_img(m), rows(self.proj_img(x)), rows(self.proj_txt(y))  # [N, D_t]
         if img_t is not None:
             img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
-        scale_s = self.student.logit_scale.exp()
+        scale_s, fuse = self.student.logit_scale.exp(), (self.fuse_img, self.fuse_txt) if "afd" in self.on else ()
+        own = slice(RANK * len(x), RANK * len(x) + len(x))  # the pairs this process answers for; GD is not divided
         compute = {
-            "clip": lambda: clip_loss(img_s, txt_s, scale_s),
-            "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t),
-            "fd": lambda: fd_loss(img_p, txt_p, img_t, txt_t),
-            "mfd": lambda: mfd_loss(rows(m), txt_p, img_t, txt_t),
+            "clip": lambda: clip_loss(img_s, txt_s, scale_s, own),
+            "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, own),
+            "fd": lambda: fd_loss(img_p[own], txt_p[own], img_t[own], txt_t[own]),
+            "mfd": lambda: mfd_loss(F.normalize(m, dim=1), txt_p[own], img_t[own], txt_t[own]),
             "gd": lambda: gd_loss(img_p, txt_p, img_t, txt_t, scale_s, scale_t),
-            "icl": lambda: icl_loss(img_p, txt_p, img_t, txt_t, self.icl_log_scale.exp()),
-            "afd": lambda: afd_loss(img_s, txt_s, img_t, txt_t, self.fuse_img, self.fuse_txt, self.afd_log_scale.exp()),
+            "icl": lambda: icl_loss(img_p, txt_p, img_t, txt_t, self.icl_log_scale.exp(), own),
+            "afd": lambda: afd_loss(img_s, txt_s, img_t, txt_t, *fuse, self.afd_log_scale.exp(), own),
         }
         return {name: compute[name]() for name in self.on}
 
@@ -638,8 +633,12 @@ def train(args, device):
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the hosts: no GPU is waited for
         log_now = done % args.log_every == 0 or done == steps
         save_now = done % (args.save_every or per_epoch) == 0 or done == steps or stop > 0
-        if log_now or save_now:  # .item() waits for the device, so only here
-            values = {name: loss.item() for name, loss in losses.items()}
+        if log_now or save_now:  # .tolist() waits for the device, so only here
+            values = torch.stack([*losses.values(), total]).detach()
+            if WORLD > 1:
+                dist.all_reduce(values)
+            *values, total = (values / WORLD).tolist()
+            values = dict(zip(losses, values))
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             bad += [name for name, p in distiller.named_parameters() if save_now and not p.isfinite().all()]
             if bad:
@@ -647,7 +646,7 @@ def train(args, device):
                                f"is of step {state['step']}. Try a lower --lr or lambda, with another --out")
         if log_now:
             spent = time.perf_counter() - start
-            record = {"step": done, "epoch": done / per_epoch, "total": total.item(), **values, "lr": group["lr"],
+            record = {"step": done, "epoch": done / per_epoch, "total": total, **values, "lr": group["lr"],
                       "scale": student.logit_scale.exp().item(), "seconds": before + spent, "data_wait": waited,
                       "pairs_per_s": (done - first) * args.batch_size / spent, "skipped": skipped}
             print(json.dumps(record), file=log, flush=True)

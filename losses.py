@@ -5,6 +5,8 @@ img_s, txt_s    [N, D_s]      v^S, s^S  student rows, unit length; row k of both
 img_t, txt_t    [N, D_t]      v^T, s^T  teacher rows, unit length, computed without gradient
 scale, scale_*  []            1/tau     inverse temperature with exp() already applied: 14.3 at the start, 100 at most
 N               |B|           the whole batch that the softmax sees. On several processes gather the rows first.
+rows            k             the anchors to average over, all by default. A process that passes only its own, of
+                              gathered rows, does its share of the work; the loss is the mean over the processes
 
 Normalise the rows before the call: F.normalize(x, dim=1). Every function computes in float32 (float64 stays float64),
 whatever autocast says around it: in bfloat16 a logit near 100 has a step of 0.5.
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 
-def clip_loss(img, txt, scale):
+def clip_loss(img, txt, scale, rows=slice(None)):
     """Task loss: each image finds its text among N, and each text its image. Eq. 1-3.
 
         L_I->T = -1/N sum_k log( exp(v_k . s_k / tau) / sum_b exp(v_k . s_b / tau) )
@@ -22,17 +24,18 @@ def clip_loss(img, txt, scale):
 
     Shapes: img, txt [N, D], unit rows; scale [] = 1/tau.
     Returns: [] in nats; log N when all rows are equal.
-    Reduction: mean over the N rows and over the two directions; weight --lambda-clip 1.
+    Reduction: mean over the anchors k in `rows` and over the two directions; weight --lambda-clip 1.
     Authors' code: the same.
     """
     with torch.autocast(img.device.type, enabled=False):
         img, txt = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img, txt))
-        logits = scale * img @ txt.T  # [N, N], row k = image k against every text
-        pair = torch.arange(len(img), device=img.device)  # the right answer of row k, and of column k, is k
-        return (F.cross_entropy(logits, pair) + F.cross_entropy(logits.T, pair)) / 2
+        pair = torch.arange(len(img), device=img.device)[rows]  # the right answer of anchor k is k
+        i2t = F.cross_entropy(scale * img[rows] @ txt.T, pair)  # logits [rows, N]: image k against every text
+        t2i = F.cross_entropy(scale * txt[rows] @ img.T, pair)
+        return (i2t + t2i) / 2
 
 
-def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
+def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, rows=slice(None)):
     """Contrastive relational distillation: copy the teacher's softmax over the batch. Eq. 4-10.
 
         p_k[j] = exp(v_k . s_j / tau) / sum_b exp(v_k . s_b / tau)    p^T: teacher's rows and tau, p^S: student's
@@ -41,17 +44,18 @@ def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
 
     Shapes: img_s, txt_s [N, D_s]; img_t, txt_t [N, D_t]; unit rows; D_s and D_t may differ. scale_* [] = 1/tau.
     Returns: [] in nats; 0 when scale_s times the student's similarities is scale_t times the teacher's, on any axes.
-    Reduction: mean over the N rows and over the two directions; weight --lambda-crd 1.
+    Reduction: mean over the anchors k in `rows` and over the two directions; weight --lambda-crd 1.
     Authors' code: the same. Eq. 10 prints the sum of the directions, twice this value.
     """
     with torch.autocast(img_s.device.type, enabled=False):
         img_s, txt_s, img_t, txt_t = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img_s, txt_s, img_t, txt_t))
-        logits_s = scale_s * img_s @ txt_s.T  # [N, N], row k = image k against every text
-        logits_t = scale_t * img_t @ txt_t.T
-        i2t = F.kl_div(logits_s.log_softmax(1), logits_t.log_softmax(1), reduction="batchmean", log_target=True)
-        t2i = F.kl_div(logits_s.T.log_softmax(1), logits_t.T.log_softmax(1), reduction="batchmean", log_target=True)
-        return (i2t + t2i) / 2  # each KL(teacher || student)
+        directions = []
+        for v_s, s_s, v_t, s_t in ((img_s, txt_s, img_t, txt_t), (txt_s, img_s, txt_t, img_t)):
+            log_p_s = (scale_s * v_s[rows] @ s_s.T).log_softmax(1)  # [rows, N]: anchor k against every partner
+            log_p_t = (scale_t * v_t[rows] @ s_t.T).log_softmax(1)
+            directions.append(F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True))  # KL(p^T || p^S)
+        return sum(directions) / 2
 
 
 def fd_loss(img_s, txt_s, img_t, txt_t):
@@ -108,7 +112,7 @@ def gd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
         return F.mse_loss(gi_s, gi_t) + F.mse_loss(gt_s, gt_t)
 
 
-def icl_loss(img_s, txt_s, img_t, txt_t, scale):
+def icl_loss(img_s, txt_s, img_t, txt_t, scale, rows=slice(None)):
     """Interactive contrastive learning: a student row finds its partner among the teacher's rows. Eq. 14-16.
 
         L_I->T = -1/N sum_k log( exp(v^S_k . s^T_k / tau) / sum_b exp(v^S_k . s^T_b / tau) )
@@ -116,19 +120,19 @@ def icl_loss(img_s, txt_s, img_t, txt_t, scale):
 
     Shapes: all [N, D], unit rows; needs D_s == D_t; scale [] = 1/tau, learnable, ICL's own.
     Returns: [] in nats; equals clip_loss of the teacher when student = teacher, log N when all rows are equal.
-    Reduction: mean over the N rows and over the two directions; weight --lambda-icl 1.
+    Reduction: mean over the anchors k in `rows` and over the two directions; weight --lambda-icl 1.
     Authors' code: multiplies by the parameter ln(1/0.07) = 2.66 itself, without exp() and without a clamp.
     """
     with torch.autocast(img_s.device.type, enabled=False):
         img_s, txt_s, img_t, txt_t = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img_s, txt_s, img_t, txt_t))
-        pair = torch.arange(len(img_s), device=img_s.device)  # the right answer of row k is k
-        i2t = F.cross_entropy(scale * img_s @ txt_t.T, pair)
-        t2i = F.cross_entropy(scale * txt_s @ img_t.T, pair)
+        pair = torch.arange(len(img_s), device=img_s.device)[rows]  # the right answer of anchor k is k
+        i2t = F.cross_entropy(scale * img_s[rows] @ txt_t.T, pair)  # logits [rows, N]
+        t2i = F.cross_entropy(scale * txt_s[rows] @ img_t.T, pair)
         return (i2t + t2i) / 2
 
 
-def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale):
+def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale, rows=slice(None)):
     """Augmented feature distillation: the task loss on student and teacher rows fused. Eq. 17.
 
         v^A_k = phi_v([v^S_k ; v^T_k]),    s^A_k = phi_t([s^S_k ; s^T_k]),    L_AFD = L_CLIP(v^A/|v^A|, s^A/|s^A|)
@@ -144,7 +148,7 @@ def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale):
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img_s, txt_s, img_t, txt_t))
         img = F.normalize(fuse_img(torch.cat([img_s, img_t], dim=1)), dim=1)  # [N, D]
         txt = F.normalize(fuse_txt(torch.cat([txt_s, txt_t], dim=1)), dim=1)
-        return clip_loss(img, txt, scale)
+        return clip_loss(img, txt, scale, rows)
 
 
 # ---- Not losses: what hides patches for MFD, and the measures of the evaluation. ----
@@ -170,7 +174,7 @@ def recalls(query, key, query_owner, key_owner):
 
 
 def pair_gap(img, txt, owner):
-    """Mean similarity of matching pairs minus that of the others (Fig. 2b); owner [C] = image number of each caption."""
+    """Mean similarity of matching minus other pairs (Fig. 2b); img [I, D], txt [C, D], owner [C]: a caption's image."""
     img, txt = img.double(), txt.double()
     matching, every = (img[owner] * txt).sum(), img.sum(0) @ txt.sum(0)  # no I x C matrix: sums are linear
     return matching / len(txt) - (every - matching) / (len(img) * len(txt) - len(txt))

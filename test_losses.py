@@ -405,8 +405,8 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run
 
 
 def start(*words):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*map(str, words)], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*map(str, words)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for(condition, process, seconds=120):
@@ -419,7 +419,7 @@ def wait_for(condition, process, seconds=120):
 @pytest.mark.parametrize("stop, data, code", [(signal.SIGKILL, "pairs.tsv", -9), (signal.SIGTERM, "pairs.tar", 143)])
 def test_a_killed_or_terminated_process_loses_nothing(stop, data, code, run, world, tmp_path):
     shard(world, world / "pairs.tar")
-    settings = {"epochs": 40, "save-every": 5, "eval-every": 20, "val-data": f"val={world}/pairs.tsv", "lambda-mfd": 1}
+    settings = {"epochs": 20, "save-every": 5, "eval-every": 10, "val-data": f"val={world}/pairs.tsv", "lambda-mfd": 1}
     whole, weights = run(**settings), student_weights(tmp_path / "out")
     log = tmp_path / "again/log.jsonl"
     process = start(sys.executable, ROOT / "clipkd.py", *flags(world, tmp_path / "again", **settings, **{
@@ -428,7 +428,7 @@ def test_a_killed_or_terminated_process_loses_nothing(stop, data, code, run, wor
     process.send_signal(stop)
     output = process.communicate()[0]
     step = torch.load(tmp_path / "again/checkpoint.pt")["step"]
-    assert process.returncode == code and 5 <= step < 120, output
+    assert process.returncode == code and 5 <= step < 60, output
     if stop == signal.SIGTERM:  # it ends the step, saves and says so
         assert f"saved at step {step}; the same command continues" in output
     resumed = run(**settings, out=tmp_path / "again")
@@ -440,7 +440,7 @@ def test_a_killed_or_terminated_process_loses_nothing(stop, data, code, run, wor
 
 
 def test_torchrun_restarts_after_a_process_died_and_ends_as_if_nothing_had_happened(run, world, tmp_path):
-    settings = {"epochs": 40, "save-every": 5}
+    settings = {"epochs": 20, "save-every": 5}
     whole = run(**settings)
     process = start(*TORCHRUN[:-1], "--max-restarts=1", TORCHRUN[-1], *flags(world, tmp_path / "two", **settings))
     wait_for((tmp_path / "two/checkpoint.pt").exists, process)
@@ -450,7 +450,7 @@ def test_torchrun_restarts_after_a_process_died_and_ends_as_if_nothing_had_happe
     output = process.communicate()[0]
     assert process.returncode == 0, output
     log = [json.loads(line) for line in open(tmp_path / "two/log.jsonl")]
-    assert [x["step"] for x in log if "lr" in x] == [*range(1, 121)]
+    assert [x["step"] for x in log if "lr" in x] == [*range(1, 61)]
     assert [x["total"] for x in log if "lr" in x] == pytest.approx([x["total"] for x in whole if "lr" in x], rel=1e-3)
 
 
@@ -612,17 +612,19 @@ def test_a_cut_off_or_damaged_tar_gives_what_is_whole_and_names_itself(world, tm
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_and_dotted_names_other_suffixes_and_loose_files_in_a_tar_pair_up(kind, tmp_path):
     key = "deep/" * 30 + "a.b"
-    write_tar(tmp_path / "a.tar", [(f"{key}.PNG", b"x"), ("alone.jpg", b"x"), (f"{key}.txt", b"long"),
-                                   ("empty.txt", b""), ("empty.webp", b"x"), ("c.txt", b"c"), ("c.jpeg", b"x")], format=kind)
+    names = {f"{key}.PNG": b"x", "alone.jpg": b"x", f"{key}.txt": b"long", "empty.txt": b"", "empty.webp": b"x",
+             "c.txt": b"c", "c.jpeg": b"x"}
+    write_tar(tmp_path / "a.tar", names.items(), format=kind)
     assert captions(tmp_path / "a.tar") == ["long", "c"]
 
 
 def save_odd_pictures(folder):
     random = np.random.default_rng(0)
     rgb = Image.fromarray(random.integers(0, 256, (40, 30, 3), dtype=np.uint8))
-    good = {"rgb.jpg": rgb, "grey.png": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "rgba.png": rgb.convert("RGBA"),
-            "palette.gif": rgb.convert("P"), "one.png": rgb.resize((1, 1)), "thin.png": rgb.resize((900, 1)),
-            "bit.png": rgb.convert("1"), "deep.png": Image.fromarray(np.full((9, 9), 25700, np.uint16)), "webp.webp": rgb}
+    deep = Image.fromarray(np.full((9, 9), 25700, np.uint16))
+    good = {"rgb.jpg": rgb, "grey.png": rgb.convert("L"), "cmyk.jpg": rgb.convert("CMYK"), "webp.webp": rgb,
+            "rgba.png": rgb.convert("RGBA"), "palette.gif": rgb.convert("P"), "one.png": rgb.resize((1, 1)),
+            "thin.png": rgb.resize((900, 1)), "bit.png": rgb.convert("1"), "deep.png": deep}
     for name, picture in good.items():
         picture.save(folder / name)
     rgb.save(folder / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
@@ -709,7 +711,7 @@ def test_mutated_files_lose_no_good_pair_and_crash_nothing(mutated, world, tmp_p
 
 def test_odd_captions_are_tokenised_in_no_time(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    odd = ["a" * 10**6, "\x00\x1b[31m\x7f", "\u732b \U0001f408 \u0642\u0637", "same", "same", "\ufffd" * 50, "<end_of_text>"]
+    odd = ["a" * 10**6, "\x00\x1b[31m\x7f", "\u732b \U0001f408 \u0642\u0637", "same", "same", "\ufffd" * 50, "<a>"]
     (tmp_path / "pairs.tsv").write_text("filepath\ttitle\n" + "".join(f"a.png\t{text}\n" for text in odd), "utf-8")
     data = clipkd.Pairs([str(tmp_path / "pairs.tsv")], 8, [open_clip.get_tokenizer("ViT-B-32")], 0, tmp_path)
     start = time.perf_counter()
@@ -808,8 +810,8 @@ def test_help_answers_without_the_slow_imports_and_each_group_fits_a_terminal_pa
     result = command(sys.executable, ROOT / "clipkd.py", "--help", PYTHONPATH=str(tmp_path), COLUMNS="100")
     assert result.returncode == 0 and result.stderr == ""
     assert all(len(group.splitlines()) < 24 for group in result.stdout.split("\n\n"))
-    assert set(re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)) == {
-        f"--{name.replace('_', '-')}" for name in vars(clipkd.get_args(["--eval-only", "--val-data", "x"])) if name != "demo"}
+    flags = {f"--{name.replace('_', '-')}" for name in vars(clipkd.get_args([])) if name != "demo"}
+    assert set(re.findall(r"^  (--[a-z-]+)", result.stdout, re.M)) == flags
 
 
 def test_without_flags_a_run_is_the_papers_recipe():
@@ -893,14 +895,15 @@ def test_coco_json_flickr_txt_and_tsv_of_the_same_captions_give_the_same_scores(
         assert scores["rows.tsv"][f"first-caption {way} R@1"] == first[f"{way} R@1"]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_an_evaluation_on_several_processes_gives_the_digits_of_one(world_size, run, world, tmp_path, capsys):
+def test_an_evaluation_on_two_and_three_processes_gives_the_digits_of_one(world, capsys, monkeypatch):
     words = ["--eval-only", "--student", f"local-dir:{world}/dir", "--val-data", f"val={world}/pairs.tsv",
-             "--zeroshot", f"letters={world}/classes", "--workers", 0]
-    one = command(sys.executable, ROOT / "clipkd.py", *words)
-    many = command(*(f"--nproc_per_node={world_size}" if "nproc" in str(w) else w for w in TORCHRUN), *words)
-    assert one.returncode == many.returncode == 0, one.stderr + many.stderr
-    assert "letters: top-1" in one.stdout and one.stdout == many.stdout
+             "--zeroshot", f"letters={world}/classes", "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["clipkd.py", *words])
+    clipkd.main()
+    one = capsys.readouterr().out
+    for processes in (2, 3):
+        many = command(*(f"--nproc_per_node={processes}" if "nproc" in str(w) else w for w in TORCHRUN), *words)
+        assert many.returncode == 0 and many.stdout == one and "letters: top-1" in one, many.stderr
 
 
 def test_class_folders_named_by_number_or_wnid_are_imagenets_classes(tmp_path):
