@@ -8,8 +8,8 @@ A run writes into --out: log.jsonl (one JSON object a line: the command, then lo
 (the same command again resumes from it) and student/ (open_clip loads it as local-dir:out/student, without this file).
 The losses are in losses.py. Symbols: n = pairs on this process, N = pairs in the whole batch, D = embedding width.
 """
-import argparse, csv, difflib, hashlib, io, itertools, json, logging, math, os, re, signal, sys, tarfile, tempfile, time
-import warnings
+import argparse, csv, difflib, hashlib, io, itertools, json, logging, math, os, re, shutil, signal, sys, tarfile
+import tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -60,12 +60,14 @@ def get_args(argv=None):
     add("--save-every", type=int, metavar="STEPS", help="(once an epoch) write checkpoint.pt and student/")
     add("--eval-every", type=int, default=1, metavar="EPOCHS", help="(1) evaluate; 0 = only at the end")
     add("--eval-only", action="store_true", help="evaluate --student on --val-data and --zeroshot, train nothing")
+    add("--bench", type=int, metavar="STEPS", help="print where the time of a step goes, with or without --train-data")
     args = parser.parse_args(argv)
-    if demo := not (args.train_data or args.eval_only):
+    if demo := not (args.train_data or args.eval_only or args.bench):
         parser.set_defaults(**DEMO)  # what the user typed still wins over the demo's own values
     args = parser.parse_args(argv, argparse.Namespace(demo=demo))
     for name, value in vars(args).items():
-        low, high = name in ("epochs", "batch_size", "log_every", "save_every"), 1 if name == "mask_ratio" else math.inf
+        low = name in ("epochs", "batch_size", "log_every", "save_every", "bench")
+        high = 1 if name == "mask_ratio" else math.inf
         if type(value) in (int, float) and not low <= value < high:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number in [{low:d}, {high})")
     if args.batch_size % WORLD and not args.eval_only:
@@ -91,7 +93,9 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 from losses import (afd_loss, blank_patches, clip_loss, crd_loss, fd_loss, gd_loss, icl_loss, linear_cka, mfd_loss,
@@ -166,7 +170,7 @@ def open_picture(path, start=0, length=-1):
         image = Image.open(io.BytesIO(file.read(length)))
     if image.mode.startswith("I;16"):  # convert would clip 16 bits to white
         image = image.point(lambda value: value / 256).convert("L")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 class Pairs(Dataset):
     """Training pairs. A list of n keys (epoch, index) gives images uint8 [n, 3, size, size], tokens [n, context] for
@@ -212,11 +216,11 @@ class Pairs(Dataset):
         """A crop, uint8 [3, size, size], and its caption."""
         i = np.searchsorted(self.ends, index, "right")
         picture, caption = read_pair(self.sources[i], self.rows[i][index - self.ends[i]])  # counted from the file's end
-        image = open_picture(*picture)
+        pixels = torch.from_numpy(np.array(open_picture(*picture))).permute(2, 0, 1)  # uint8: resizes twice as fast
         torch.default_generator.manual_seed(hash((self.seed, epoch, index)) % 2**63)  # get_params draws from it
-        y, x, height, width = T.RandomResizedCrop.get_params(image, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))  # as CLIP
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, (x, y, x + width, y + height))
-        return T.functional.pil_to_tensor(image), caption
+        crop = T.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))  # y, x, h, w
+        size = [self.size, self.size]
+        return v2.functional.resized_crop(pixels, *crop, size, T.InterpolationMode.BICUBIC), caption
 
 def batch_keys(pairs, batch, seed, first, last):
     """For each of the steps first..last-1 this process's n keys (epoch, index); a new permutation every epoch."""
@@ -313,6 +317,7 @@ class Distiller(nn.Module):
     Parts: proj_* if D_s != D_t, a Linear with bias on the raw student embedding, for FD, MFD, GD and ICL;
     fuse_* for AFD; a log-scale each for ICL and AFD that starts at ln(1/0.07), where CLIP's own starts.
     """
+    lap = staticmethod(lambda name: None)  # bench() takes the time here
 
     def __init__(self, student, dim_s, dim_t, lambdas, mask_ratio=0.75):
         super().__init__()
@@ -337,11 +342,15 @@ class Distiller(nn.Module):
             x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
             m = self.encode_masked(images) if "mfd" in self.on else x
         x, y, m = (e.to(self.student.logit_scale.dtype) for e in (x, y, m))
+        self.lap("student forward")
+        if torch.is_grad_enabled():  # autograd comes back first to the embedding that was made last
+            (m if "mfd" in self.on else y).register_hook(lambda gradient: self.lap("losses backward"))
         img_s, txt_s = img_p, txt_p = rows(x), rows(y)  # [N, D_s]
         if self.project:
             m, img_p, txt_p = self.proj_img(m), rows(self.proj_img(x)), rows(self.proj_txt(y))  # [N, D_t]
         if img_t is not None:
             img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
+        self.lap("gather")
         scale_s, fuse = self.student.logit_scale.exp(), (self.fuse_img, self.fuse_txt) if "afd" in self.on else ()
         own = slice(RANK * len(x), RANK * len(x) + len(x))  # the pairs this process answers for; GD is not divided
         compute = {
@@ -353,7 +362,9 @@ class Distiller(nn.Module):
             "icl": lambda: icl_loss(img_p, txt_p, img_t, txt_t, self.icl_log_scale.exp(), own),
             "afd": lambda: afd_loss(img_s, txt_s, img_t, txt_t, *fuse, self.afd_log_scale.exp(), own),
         }
-        return {name: compute[name]() for name in self.on}
+        losses = {name: compute[name]() for name in self.on}
+        self.lap("losses forward")
+        return losses
 
     def encode_masked(self, images):
         """Raw embedding [n, D_s] of images that lost mask_ratio of their patches (Eq. 12); a ViT drops them, as MAE."""
@@ -542,7 +553,7 @@ def export(student, config, folder):
     replace(folder / "open_clip_model.safetensors", lambda file: file.write(safetensors.torch.save(weights)))
 
 # ---- Training. ----
-def train(args, device):
+def train(args, device, lap=Distiller.lap):
     """Train --student, or continue; returns the last record of log.jsonl that has an evaluation."""
     torch.manual_seed(args.seed)  # the same start on every process
     lambdas, out = {name: getattr(args, f"lambda_{name}") for name in LOSSES}, Path(args.out)
@@ -559,7 +570,7 @@ def train(args, device):
     per_epoch = len(data) // args.batch_size  # pairs that fill no batch wait for another epoch's permutation
     if not per_epoch:
         raise BadInput(f"--batch-size {args.batch_size}: more than the {len(data)} pairs of --train-data")
-    steps = args.epochs * per_epoch
+    steps = args.bench or args.epochs * per_epoch
     warmup = min(10_000, steps // 10) if args.warmup is None else args.warmup
     distiller = Distiller(student, config["embed_dim"], dim_t, lambdas, args.mask_ratio).to(device)
     optimizer, normalise = make_optimizer(distiller, args), normaliser(student, device)
@@ -577,6 +588,7 @@ def train(args, device):
     if not first:
         print(json.dumps({"argv": sys.argv, "args": vars(args), "processes": WORLD, "torch": torch.__version__,
                           "open_clip": open_clip.__version__}), file=log)
+    distiller.lap = lap
     model = distiller.train()
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None)
@@ -615,17 +627,21 @@ def train(args, device):
     waited, end = 0.0, time.perf_counter()
     for step, (images, tokens, unread) in enumerate(loader, first):
         waited, skipped = waited + time.perf_counter() - end, skipped + unread
+        lap("wait for data")
         images, tokens = images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
         torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks, Swin's stochastic depth
         from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if teacher else ()
+        lap("teacher forward")
         losses = model(normalise(images), tokens[0], *from_teacher)
         total = sum(lambdas[name] * loss for name, loss in losses.items())
         optimizer.zero_grad()
         total.backward()
+        lap("student backward")
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, warmup, args.lr)
         optimizer.step()
         distiller.clamp_scales()
+        lap("optimiser")
         bar.update()
 
         done, stop = step + 1, torch.tensor(max(signals, default=0))
@@ -663,6 +679,53 @@ def train(args, device):
         signal.signal(number, handler)
     bar.close()
     return result
+
+def bench(args, device):
+    """Run train() for --bench steps in a folder of its own and print where their time goes: medians of this process."""
+    parts, last, n, folder = {}, [0.0], args.batch_size // WORLD, Path(args.out, "bench")
+
+    def clock():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(name):
+        now = clock()
+        parts.setdefault(name, []).append(1000 * (now - last[0]))  # ms
+        last[0] = now
+
+    if RANK == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        Image.effect_noise((512, 384), 50).convert("RGB").save(folder / "0.jpg")  # without --train-data, always this
+        rows = "0.jpg\ta photo of noise\n" * (args.batch_size * args.bench)
+        (folder / "0.tsv").write_text("filepath\ttitle\n" + rows)
+    barrier()
+    changes = {"train_data": args.train_data or [f"{folder}/0.tsv"], "log_every": 10**9, "save_every": 10**9}
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    with FlopCounterMode(display=False) as counter:
+        train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/count", "bench": 1}), device)
+    torch.backends.mha.set_fastpath_enabled(True)
+    train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/time"}), device, lap)
+    barrier()
+    if RANK == 0:
+        shutil.rmtree(folder)
+        median = {name: float(np.median(values)) for name, values in parts.items()}
+        step = float(np.median(np.sum([*parts.values()], axis=0)))
+        models = sum(median[name] for name in ("teacher forward", "student forward", "student backward", "optimiser"))
+        flops = counter.get_total_flops()  # of the n pairs of this process
+        print(f"\n| {n} of {args.batch_size} pairs on {device} | ms | share |\n|---|---|---|")
+        for name, value in {**median, "whole step": step}.items():
+            print(f"| {name} | {value:.1f} | {100 * value / step:.1f} % |")
+        busy = (step - median["wait for data"]) / models
+        print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / n / 1e9:.2f} GFLOP a pair, {flops / step / 1e9:.3f} "
+              f"TFLOP/s a process; step without waiting = {busy:.3f} x (teacher + student + optimiser)")
+        if device.type == "cuda":
+            x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+            start, _ = clock(), [x @ x for _ in range(50)]
+            ceiling = 50 * 2 * 8192**3 / (clock() - start)
+            print(f"{100000 * flops / step / ceiling:.0f} % of what bfloat16 products of 8192 x 8192 reach here, "
+                  f"{ceiling / 1e12:.0f} TFLOP/s")
 
 # ---- Demo: Table 5 in miniature. A teacher that saw many clean pairs, students with few and noisy ones, in a world of
 # coloured letters. Real files, and the same train() as any run. ----
@@ -739,7 +802,9 @@ def main():
     warnings.filterwarnings("ignore", module="PIL")  # of odd pictures
     args = get_args()
     device = setup()
-    if args.demo:
+    if args.bench:
+        bench(args, device)
+    elif args.demo:
         demo(args, device)
     else:
         if args.eval_only:

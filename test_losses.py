@@ -3,7 +3,7 @@
 Expected values come from the paper's equations written as loops, from hand-computed numbers, from identities, from
 autograd, or from open_clip; never from a copy of the code under test.
 """
-import ast, inspect, io, json, math, os, re, resource, signal, subprocess, sys, tarfile, time
+import ast, inspect, io, json, math, os, re, resource, signal, subprocess, sys, tarfile, tempfile, time
 from collections import Counter
 from pathlib import Path
 
@@ -196,6 +196,27 @@ def test_losses_py_needs_only_torch_and_each_loss_fits_on_a_page_and_can_be_copi
         assert len(inspect.getsource(loss).splitlines()) <= 30
         needs = {"afd": {"clip_loss"}, "mfd": {"fd_loss"}}.get(name, set())
         assert set(inspect.getclosurevars(loss).globals) <= {"torch", "F"} | needs
+
+
+@pytest.mark.parametrize("name", ["clip", "crd", "icl", "afd"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_shares_of_eight_processes_average_to_the_whole_loss_and_gradient(name, dtype, tolerance):
+    n, d = 64, 16
+    fuse = torch.randn(2 * d, d, dtype=dtype, generator=torch.Generator().manual_seed(5))
+    inputs = [unit_rows(seed, n, d).to(dtype).requires_grad_() for seed in range(4)]
+    inputs += [torch.tensor(scale, dtype=dtype, requires_grad=True) for scale in (14.0, 50.0)]
+
+    def value(rows):
+        v, s, vt, st, a, b = inputs
+        return {"clip": lambda: clip_loss(v, s, a, rows), "crd": lambda: crd_loss(v, s, vt, st, a, b, rows),
+                "icl": lambda: icl_loss(v, s, vt, st, a, rows),
+                "afd": lambda: afd_loss(v, s, vt, st, lambda x: x @ fuse, lambda x: x @ fuse, a, rows)}[name]()
+    whole, shares = value(slice(None)), sum(value(slice(k, k + 8)) for k in range(0, n, 8)) / 8
+    assert shares.item() == pytest.approx(whole.item(), rel=tolerance)
+    used = [x for x, g in zip(inputs, torch.autograd.grad(whole, inputs, allow_unused=True, retain_graph=True))
+            if g is not None]
+    for a, b in zip(torch.autograd.grad(whole, used), torch.autograd.grad(shares, used)):
+        assert (a - b).abs().max() <= tolerance * a.abs().max()
 
 
 # ---- Distiller. ----
@@ -954,3 +975,97 @@ def test_the_readmes_example_of_one_loss_runs_and_prints_what_it_says():
     result = command(sys.executable, "-c", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == re.findall(r"# prints (\S+)", code)
+
+
+def test_bench_prints_a_table_and_leaves_nothing_behind(run, world, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError):  # no log: it trains in a folder of its own
+        run(bench=2, train_data=None)
+    table = capsys.readouterr().out
+    parts = re.findall(r"\| (.+?) \| ([\d.]+) \| ([\d.]+) % \|", table)
+    assert [name for name, *_ in parts] == [
+        "wait for data", "teacher forward", "student forward", "gather", "losses forward", "losses backward",
+        "student backward", "optimiser", "whole step"]
+    assert "pairs/s" in table and not [*(tmp_path / "out").iterdir()]
+
+
+# ---- Benchmarks: `python test_losses.py` prints ratios against named baselines, measured side by side. ----
+
+def gd_expanded(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
+    """The baseline: the gradient for the keys as a sum over an N x D x N expansion, each direction on its own."""
+    def gradients(a, b, scale):
+        e = (scale * a @ b.T).softmax(1) - torch.eye(len(a))
+        expanded = e.T[:, None].repeat(1, a.shape[1], 1)  # [N, D, N]
+        return scale / len(a) * e @ b, scale / len(a) * (expanded * a.T).sum(2)
+    pairs = [zip(gradients(*s), gradients(*t)) for s, t in (
+        ((img_s, txt_s, scale_s), (img_t, txt_t, scale_t)), ((txt_s, img_s, scale_s), (txt_t, img_t, scale_t)))]
+    return sum(F.mse_loss(a, b) for pair in pairs for a, b in pair)
+
+
+def recipe(rows, own):
+    v, s, vt, st, a, b = rows
+    return (clip_loss(v, s, a, own) + crd_loss(v, s, vt, st, a, b, own) + icl_loss(v, s, vt, st, a, own)
+            + 2000 * fd_loss(v[own], s[own], vt[own], st[own]))
+
+
+def measure(loss, n, d, repeats, pipe):
+    """Median seconds of forward + backward and peak MiB above the inputs, in a process of its own."""
+    torch.set_num_threads(1)
+
+    def inputs(n):
+        rows = [F.normalize(torch.randn(n, d), dim=1).requires_grad_(i < 2) for i in range(4)]
+        return [*rows, torch.tensor(14.0, requires_grad=True), torch.tensor(50.0)]
+    loss(inputs(64)).backward()  # the libraries' own buffers
+    rows, times = inputs(n), []
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        loss(rows).backward()
+        times.append(time.perf_counter() - begin)
+    pipe.send((float(np.median(times)), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024))
+
+
+def benchmark():
+    fork = torch.multiprocessing.get_context("fork")
+
+    def cost(loss, n, repeats):
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=measure, args=(loss, n, 512, repeats, theirs))
+        process.start(), process.join()
+        return ours.recv()
+
+    def compare(title, fast, baseline, n, repeats):
+        (t, m), (t0, m0) = cost(fast, n, repeats), cost(baseline, n, 1 if "GD" in title else repeats)
+        print(f"| {title} | {t0:.2f} s, {m0:.0f} MiB | {t:.3f} s, {m:.0f} MiB | {t0 / t:.1f}x, {m0 / m:.1f}x |")
+
+    print("| forward + backward, one core, D = 512 | baseline | here | time, memory |\n|---|---|---|---|")
+    compare("GD, N = 1024, against the N x D x N expansion", lambda x: gd_loss(*x), lambda x: gd_expanded(*x), 1024, 5)
+    for n in (1024, 4096):
+        compare(f"recipe, N = {n}, one of 8 processes against N x N", lambda x, n=n: recipe(x, slice(n // 8)),
+                lambda x: recipe(x, slice(None)), n, 5)
+    print("recipe, N = 32768, one of 8 processes: {:.1f} s, {:.0f} MiB".format(
+        *cost(lambda x: recipe(x, slice(4096)), 32768, 1)))
+
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(32):  # smooth noise, about 40 kB as photographs of this size
+            noise = Image.fromarray(random.integers(0, 256, (12, 16, 3), np.uint8)).resize((512, 384))
+            noise = (noise + random.normal(0, 6, (384, 512, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noise).save(f"{folder}/{i}.jpg", quality=85)
+        Path(folder, "x.tsv").write_text("filepath\ttitle\n" + "".join(f"{i}.jpg\tx\n" for i in range(32)))
+        data = clipkd.Pairs([f"{folder}/x.tsv"], 224, [], 0, folder)
+        theirs = open_clip.image_transform(224, is_train=True)
+        torch.set_num_threads(1)
+        times = {"open_clip": [], "here": []}
+        for _ in range(9):
+            for name, load in (("open_clip", lambda i: theirs(Image.open(f"{folder}/{i}.jpg"))),
+                               ("here", lambda i: data.load(0, i))):
+                begin = time.process_time()
+                for i in range(32):
+                    load(i)
+                times[name].append((time.process_time() - begin) / 32)
+    a, b = (np.median(times[name]) for name in ("open_clip", "here"))
+    print(f"loading 512 x 384 JPEGs: open_clip {1 / a:.0f} pictures/s a core, here {1 / b:.0f}, {a / b:.2f}x")
+
+
+if __name__ == "__main__":
+    benchmark()
