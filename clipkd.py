@@ -8,8 +8,8 @@ A run writes into --out: log.jsonl (one JSON object a line: the command, then lo
 (the same command again resumes from it) and student/ (open_clip loads it as local-dir:out/student, without this file).
 The losses are in losses.py. Symbols: n = pairs on this process, N = pairs in the whole batch, D = embedding width.
 """
-import argparse, csv, difflib, hashlib, io, itertools, json, logging, math, os, re, shutil, signal, sys, tarfile
-import tempfile, time, warnings
+import argparse, contextlib, csv, difflib, hashlib, io, itertools, json, logging, math, multiprocessing, os, re, shutil
+import signal, sys, tarfile, tempfile, time, warnings
 from functools import partial
 from pathlib import Path
 
@@ -86,7 +86,6 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw, ImageFont
@@ -122,9 +121,10 @@ def sources(name):
             found[i] = file, columns, separator
     return found
 
-def scan(file, columns, separator):
+def scan(source):
     """Where the pairs lie, int64 [pairs, 4]: start and length of the caption (of its line, in a TSV or CSV), then of
     the picture in a tar, where KEY.txt belongs to KEY.jpg, .jpeg, .png or .webp."""
+    file, columns, separator = source
     if columns:
         with open(file, "rb") as lines:  # by line, so that no stray quote swallows the next ones
             ends = np.fromiter(itertools.accumulate(map(len, lines)), np.int64)
@@ -137,7 +137,7 @@ def scan(file, columns, separator):
                 for member in tarfile.open(fileobj=data, mode="r:", ignore_zeros=True):  # passes over damaged headers
                     key, kind = os.path.splitext(member.name)
                     if kind.lower() in (".txt", *PICTURES) and member.offset_data + member.size <= size:
-                        place = slice(0, 2) if kind == ".txt" else slice(2, 4)
+                        place = slice(0, 2) if kind.lower() == ".txt" else slice(2, 4)
                         pairs.setdefault(key, [0, 0, 0, 0])[place] = member.offset_data, member.size
                 break
             except Exception:  # what tarfile does not pass over; go on behind it
@@ -165,37 +165,41 @@ def read_pair(source, row):
     return (file, *place), caption[:1000]  # more than 77 tokens; an endless word would take the tokenizer minutes
 
 def open_picture(path, start=0, length=-1):
-    with open(path, "rb") as file:
-        file.seek(start)
-        image = Image.open(io.BytesIO(file.read(length)))
-    if image.mode.startswith("I;16"):  # convert would clip 16 bits to white
-        image = image.point(lambda value: value / 256).convert("L")
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            image = Image.open(io.BytesIO(file.read(length)))
+        image.load()
+        if image.mode.startswith("I;16"):  # convert would clip 16 bits to white
+            image = image.point(lambda value: value / 256).convert("L")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+    except Exception as error:  # Pillow raises nearly anything on a damaged picture
+        raise BadInput(f"{path}: this picture cannot be read: {error}") from error
 
 class Pairs(Dataset):
     """Training pairs. A list of n keys (epoch, index) gives images uint8 [n, 3, size, size], tokens [n, context] for
     each tokenizer, and how many pairs could not be read: each gives way to the next one, so shapes never change.
     Teacher and student share one random crop (FD compares two looks at one view), uint8 until it is on the device.
-    The scan of a file is kept in `folder` and mapped from there, so that all processes share its memory."""
+    Where the pairs lie is kept in `folder` and mapped from there, so that all processes share its memory."""
 
     def __init__(self, names, size, tokenizers, seed, folder):
         self.size, self.tokenizers, self.seed = size, tokenizers, seed
         self.sources = [source for name in names for source in sources(name)]
         stats = [(os.path.abspath(file), os.path.getsize(file), os.path.getmtime(file)) for file, *_ in self.sources]
-        scans = [Path(folder, hashlib.sha256(repr(stat).encode()).hexdigest()[:16] + ".npy") for stat in stats]
-        todo = [*dict(zip(scans, self.sources)).items()][RANK::WORLD]
-        for path, source in tqdm(todo, "scan", unit="file", leave=False, disable=RANK > 0):
-            if not path.exists():
-                replace(path, partial(np.save, arr=scan(*source)))
+        path = Path(folder, hashlib.sha256(repr(stats).encode()).hexdigest()[:16] + ".npy")
+        if RANK == 0 and not path.exists():
+            with multiprocessing.Pool(min(len(self.sources), os.cpu_count())) as pool:
+                bar = tqdm(pool.imap(scan, self.sources), "scan", len(self.sources), unit="file", leave=False)
+                rows = np.concatenate([np.insert(rows, 0, i, axis=1) for i, rows in enumerate(bar)])
+            replace(path, partial(np.save, arr=rows))
         barrier()
-        self.rows = [np.load(path, "r") for path in scans]
-        self.ends = np.cumsum([len(rows) for rows in self.rows])
+        self.rows = np.load(path, "r")  # [pairs, 5]: number of the source, then what scan() says
         if not len(self):
             raise BadInput(f"{self.sources[0][0]}: no pair of a picture and a caption in it")
         self[[(0, 0)]]  # a wrong folder shows here
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.rows)
 
     def __getitem__(self, keys):
         images, captions, unread = torch.empty(len(keys), 3, self.size, self.size, dtype=torch.uint8), [], 0
@@ -204,7 +208,7 @@ class Pairs(Dataset):
                 try:
                     images[len(captions)], caption = self.load(epoch, index % len(self))
                     break
-                except Exception as error:  # Pillow raises nearly anything on a damaged picture
+                except (BadInput, OSError, LookupError, ValueError) as error:
                     unread, index = unread + 1, index + 1
                     if unread >= min(1000, len(self)):
                         raise BadInput(f"--train-data: {unread} pairs of a batch cannot be read, the last: {error}; a "
@@ -214,8 +218,8 @@ class Pairs(Dataset):
 
     def load(self, epoch, index):
         """A crop, uint8 [3, size, size], and its caption."""
-        i = np.searchsorted(self.ends, index, "right")
-        picture, caption = read_pair(self.sources[i], self.rows[i][index - self.ends[i]])  # counted from the file's end
+        source, *row = self.rows[index]
+        picture, caption = read_pair(self.sources[source], row)
         pixels = torch.from_numpy(np.array(open_picture(*picture))).permute(2, 0, 1)  # uint8: resizes twice as fast
         torch.default_generator.manual_seed(hash((self.seed, epoch, index)) % 2**63)  # get_params draws from it
         crop = T.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))  # y, x, h, w
@@ -260,10 +264,24 @@ def barrier():
     if WORLD > 1:
         dist.barrier()
 
-def gather(x):
+class Gather(torch.autograd.Function):
     """Rows of every process in rank order: [n, D] -> [N, D]. In backward each row gets the gradients of all processes:
     they sum up here and DDP divides by WORLD, so the mean of the processes' losses has the one-process gradient."""
-    return torch.cat(dist.nn.functional.all_gather(x)) if WORLD > 1 else x
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(WORLD)]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(WORLD)[RANK]
+
+def gather(x):
+    return Gather.apply(x) if WORLD > 1 else x
 
 # ---- Models, all from open_clip. Of the paper's students (Table 2) it lacks these six; they share one text tower. ----
 def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77):
@@ -410,11 +428,15 @@ def lr_at(step, steps, warmup, peak):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 # ---- Evaluation, with open_clip's own preprocessing and prompts. ----
-def read_pictures(preprocess, pictures):
+@contextlib.contextmanager
+def on_signal(handler):
+    """Ctrl-C and SIGTERM call handler(number, frame)."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return torch.stack([preprocess(open_picture(*(picture := each))) for each in pictures])
-    except Exception as error:  # leaving it out would change the score
-        raise BadInput(f"{picture[0]}: this evaluation picture cannot be read: {error}") from error
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 def ignore_signals(worker):
     """For loaders. Ctrl-C and schedulers signal every process, but the main one still needs batches to end its step."""
@@ -434,7 +456,9 @@ def embed(encode, items, collate, device, workers=0, batch=256):
     return rows
 
 def embed_pictures(model, pictures, device, workers):
-    read = partial(read_pictures, image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False))
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    def read(pictures):
+        return torch.stack([transform(open_picture(*picture)) for picture in pictures])
     return embed(lambda x: model.encode_image(x.to(device)), pictures, read, device, workers)
 
 def embed_captions(model, tokenizer, captions, device):
@@ -460,9 +484,9 @@ def class_folders(root):
 def caption_pairs(name):
     """[(picture, caption)] of COCO's JSON or Flickr30k's TXT, whose pictures lie beside the file or in a folder beside
     it, or of any file that can be trained on."""
-    if not name.endswith((".json", ".txt")):
-        return [read_pair(source, row) for source in sources(name) for row in scan(*source)]
     try:
+        if not name.endswith((".json", ".txt")):
+            return [read_pair(source, row) for source in sources(name) for row in scan(source)]
         text, folder = Path(name).read_text("utf-8"), Path(name).parent
         if name.endswith(".txt"):
             pairs = re.findall(r"^(.+?\.jpg),(.+)$", text, re.MULTILINE)
@@ -470,17 +494,23 @@ def caption_pairs(name):
             coco = json.loads(text)
             files = {image["id"]: image["file_name"] for image in coco["images"]}
             pairs = [(files[row["image_id"]], row["caption"]) for row in coco["annotations"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{name}: not COCO's captions in JSON, nor lines NAME.jpg,caption in TXT: {error!r}") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:  # leaving a row out would change the score
+        raise BadInput(f"--val-data {name}: not as --help says, or a row is damaged: {error!r}") from error
     folders = [folder, *filter(Path.is_dir, folder.iterdir())]
     path = {file: next((f / file for f in folders if (f / file).is_file()), folder / file) for file, _ in pairs}
     return [((str(path[file]),), caption) for file, caption in pairs]
 
 def read_evaluations(args):
     """{name: class folders} of --zeroshot and {name: captioned pictures} of --val-data, checked before any work."""
-    zeroshot, retrieval = ([value.split("=", 1) if "=" in value else (value, value) for value in values]
-                           for values in (args.zeroshot, args.val_data))
-    return {name: class_folders(root) for name, root in zeroshot}, {name: caption_pairs(f) for name, f in retrieval}
+    named = [[value.split("=", 1) if "=" in value else (value, value) for value in values]
+             for values in (args.zeroshot, args.val_data)]
+    zeroshot = {name: class_folders(root) for name, root in named[0]}
+    retrieval = {name: caption_pairs(file) for name, file in named[1]}
+    for name, pairs in retrieval.items():
+        if not pairs:
+            raise BadInput(f"--val-data {name}: no captions in it")
+        open_picture(*pairs[0][0])
+    return zeroshot, retrieval
 
 @torch.no_grad()
 def evaluate(model, tokenizer, zeroshot, retrieval, device, workers, teacher=None, rows_t=None):
@@ -579,12 +609,13 @@ def train(args, device, lap=Distiller.lap):
     state = {"recipe": recipe, "step": 0, "seconds": 0.0, "skipped": 0, "log_end": 0, "result": {}}
     if (out / "checkpoint.pt").exists():
         state = load_checkpoint(out / "checkpoint.pt", recipe)
-        distiller.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        distiller.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
     first, before, skipped, result = (state[key] for key in ("step", "seconds", "skipped", "result"))
     log = open(out / "log.jsonl" if RANK == 0 else os.devnull, "a")
     if RANK == 0:  # lines newer than the checkpoint will come again
         log.truncate(min(state["log_end"], os.path.getsize(log.name)))
+        log.seek(0, os.SEEK_END)
     if not first:
         print(json.dumps({"argv": sys.argv, "args": vars(args), "processes": WORLD, "torch": torch.__version__,
                           "open_clip": open_clip.__version__}), file=log)
@@ -593,21 +624,19 @@ def train(args, device, lap=Distiller.lap):
     if WORLD > 1:
         model = nn.parallel.DistributedDataParallel(distiller, [device.index] if device.type == "cuda" else None)
 
-    def seconds():
-        return before + time.perf_counter() - start
-
     def save(done):
         if RANK == 0:
             log.flush()
             export(student, config, out / "student")
-            state.update(step=done, seconds=seconds(), skipped=skipped, result=result, log_end=log.tell(),
-                         model=distiller.state_dict(), optimizer=optimizer.state_dict())
+            state.update(step=done, seconds=time.perf_counter() - start, skipped=skipped, result=result,
+                         log_end=log.tell(), model=distiller.state_dict(), optimizer=optimizer.state_dict())
             replace(out / "checkpoint.pt", partial(torch.save, state))
         barrier()  # from here on both are there for every process
 
     def score(done):
-        scores = evaluate(student, tokenizer, *evaluations, device, args.workers, *reference)
-        result.update(step=done, epoch=done / per_epoch, eval=scores, seconds=seconds(),
+        with on_signal(signal.default_int_handler):  # all is saved
+            scores = evaluate(student, tokenizer, *evaluations, device, args.workers, *reference)
+        result.update(step=done, epoch=done / per_epoch, eval=scores, seconds=time.perf_counter() - start,
                       parameters=sum(parameter.numel() for parameter in student.parameters()))
         print(json.dumps(result), file=log)
         save(done)  # once more, with the scores
@@ -615,68 +644,67 @@ def train(args, device, lap=Distiller.lap):
     def due(done):
         return done == steps or args.eval_every and done % (args.eval_every * per_epoch) == 0
 
-    start = time.perf_counter()
+    begin = time.perf_counter()
+    start = begin - before  # of the first run
     if first and due(first) and result.get("step") != first:  # interrupted while it was evaluating
         score(first)
     keys, signals = batch_keys(len(data), args.batch_size, args.seed, first, steps), []
-    handlers = {number: signal.signal(number, lambda number, frame: signals.append(number))  # the step ends first
-                for number in (signal.SIGINT, signal.SIGTERM)}
     loader = DataLoader(data, None, sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda",
                         worker_init_fn=ignore_signals)
     bar = tqdm(total=steps, initial=first, desc=args.out, unit="step", mininterval=1, disable=RANK > 0)
     waited, end = 0.0, time.perf_counter()
-    for step, (images, tokens, unread) in enumerate(loader, first):
-        waited, skipped = waited + time.perf_counter() - end, skipped + unread
-        lap("wait for data")
-        images, tokens = images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
-        torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks, Swin's stochastic depth
-        from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if teacher else ()
-        lap("teacher forward")
-        losses = model(normalise(images), tokens[0], *from_teacher)
-        total = sum(lambdas[name] * loss for name, loss in losses.items())
-        optimizer.zero_grad()
-        total.backward()
-        lap("student backward")
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, warmup, args.lr)
-        optimizer.step()
-        distiller.clamp_scales()
-        lap("optimiser")
-        bar.update()
+    with on_signal(lambda number, frame: signals.append(number)):  # the step in progress ends first
+        for step, (images, tokens, unread) in enumerate(loader, first):
+            waited, skipped = waited + time.perf_counter() - end, skipped + unread
+            lap("wait for data")
+            images, tokens = images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
+            torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks, Swin's stochastic depth
+            from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if teacher else ()
+            lap("teacher forward")
+            losses = model(normalise(images), tokens[0], *from_teacher)
+            total = sum(lambdas[name] * loss for name, loss in losses.items())
+            optimizer.zero_grad()
+            total.backward()
+            lap("student backward")
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, steps, warmup, args.lr)
+            optimizer.step()
+            distiller.clamp_scales()
+            lap("optimiser")
+            bar.update()
 
-        done, stop = step + 1, torch.tensor(max(signals, default=0))
-        if WORLD > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the hosts: no GPU is waited for
-        log_now = done % args.log_every == 0 or done == steps
-        save_now = done % (args.save_every or per_epoch) == 0 or done == steps or stop > 0
-        if log_now or save_now:  # .tolist() waits for the device, so only here
-            values = torch.stack([*losses.values(), total]).detach()
+            done, stop = step + 1, torch.tensor(max(signals, default=0))
             if WORLD > 1:
-                dist.all_reduce(values)
-            *values, total = (values / WORLD).tolist()
-            values = dict(zip(losses, values))
-            bad = [name for name, value in values.items() if not math.isfinite(value)]
-            bad += [name for name, p in distiller.named_parameters() if save_now and not p.isfinite().all()]
-            if bad:
-                raise BadInput(f"--lr {args.lr}: at step {done} not finite: {', '.join(bad[:3])}; {out}/checkpoint.pt "
-                               f"is of step {state['step']}. Try a lower --lr or lambda, with another --out")
-        if log_now:
-            spent = time.perf_counter() - start
-            record = {"step": done, "epoch": done / per_epoch, "total": total, **values, "lr": group["lr"],
-                      "scale": student.logit_scale.exp().item(), "seconds": before + spent, "data_wait": waited,
-                      "pairs_per_s": (done - first) * args.batch_size / spent, "skipped": skipped}
-            print(json.dumps(record), file=log, flush=True)
-            bar.set_postfix(loss=f"{record['total']:.3f}", skipped=skipped)
-        if save_now:
-            save(done)
-        if stop:
-            bar.write(f"clipkd.py: saved at step {done}; the same command continues from there")
-            sys.exit(128 + stop.item())
-        if due(done):
-            score(done)
-        end = time.perf_counter()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+                dist.all_reduce(stop, dist.ReduceOp.MAX)  # on the hosts: no GPU is waited for
+            log_now = done % args.log_every == 0 or done == steps
+            save_now = done % (args.save_every or per_epoch) == 0 or due(done) or stop > 0
+            if log_now or save_now:  # .tolist() waits for the device, so only here
+                values = torch.stack([*losses.values(), total]).detach()
+                if WORLD > 1:
+                    dist.all_reduce(values)
+                *values, total = (values / WORLD).tolist()
+                values = dict(zip(losses, values))
+                bad = [name for name, value in values.items() if not math.isfinite(value)]
+                bad += [name for name, p in distiller.named_parameters() if save_now and not p.isfinite().all()]
+                if bad:
+                    raise BadInput(f"--lr {args.lr}: at step {done} not finite: {', '.join(bad[:3])}; {out} holds step "
+                                   f"{state['step']}. Try a lower --lr or lambda, with another --out")
+            if log_now:
+                now = time.perf_counter()
+                record = {"step": done, "epoch": done / per_epoch, "total": total, **values, "lr": group["lr"],
+                          "scale": student.logit_scale.exp().item(), "seconds": now - start, "data_wait": waited,
+                          "pairs_per_s": (done - first) * args.batch_size / (now - begin), "skipped": skipped}
+                print(json.dumps(record), file=log, flush=True)
+                bar.set_postfix(loss=f"{record['total']:.3f}", skipped=skipped)
+            if save_now:
+                save(done)
+            if stop:
+                if RANK == 0:
+                    bar.write(f"clipkd.py: saved at step {done}; the same command continues from there")
+                sys.exit(128 + stop.item())
+            if due(done):
+                score(done)
+            end = time.perf_counter()
     bar.close()
     return result
 
@@ -718,8 +746,8 @@ def bench(args, device):
         for name, value in {**median, "whole step": step}.items():
             print(f"| {name} | {value:.1f} | {100 * value / step:.1f} % |")
         busy = (step - median["wait for data"]) / models
-        print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / n / 1e9:.2f} GFLOP a pair, {flops / step / 1e9:.3f} "
-              f"TFLOP/s a process; step without waiting = {busy:.3f} x (teacher + student + optimiser)")
+        print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / n / 1e9:.2f} GFLOP a pair, "
+              f"{flops / step / 1e9:.3f} TFLOP/s a process; without the wait {busy:.3f} x teacher + student + optimiser")
         if device.type == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
             start, _ = clock(), [x @ x for _ in range(50)]
