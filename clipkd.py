@@ -747,7 +747,7 @@ def bench(args, device):
             print(f"| {name} | {value:.1f} | {100 * value / step:.1f} % |")
         busy = (step - median["wait for data"]) / models
         print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / n / 1e9:.2f} GFLOP a pair, "
-              f"{flops / step / 1e9:.3f} TFLOP/s a process; without the wait {busy:.3f} x teacher + student + optimiser")
+              f"{flops / step / 1e9:.2f} TFLOP/s each; without the wait {busy:.3f} x teacher + student + optimiser")
         if device.type == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
             start, _ = clock(), [x @ x for _ in range(50)]
