@@ -102,13 +102,14 @@ def gd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
     """
     def task_gradient(img, txt, scale):
         logits = scale * img @ txt.T  # [N, N]
-        g = (logits.softmax(1) + logits.softmax(0)) / 2 - torch.eye(len(img), device=img.device, dtype=img.dtype)
-        return scale / len(img) * g @ txt, scale / len(img) * g.T @ img  # [N, D] for the images, [N, D] for the texts
+        g = (logits.softmax(1) + logits.softmax(0)) / 2
+        g.diagonal().sub_(1)
+        return scale / len(img) * (g @ txt), scale / len(img) * (g.T @ img)  # [N, D] of the images, of the texts
 
     with torch.autocast(img_s.device.type, enabled=False):
         img_s, txt_s, img_t, txt_t = (
             x.to(torch.promote_types(x.dtype, torch.float32)) for x in (img_s, txt_s, img_t, txt_t))
-        (gi_s, gt_s), (gi_t, gt_t) = task_gradient(img_s, txt_s, scale_s), task_gradient(img_t, txt_t, scale_t)
+        (gi_t, gt_t), (gi_s, gt_s) = task_gradient(img_t, txt_t, scale_t), task_gradient(img_s, txt_s, scale_s)
         return F.mse_loss(gi_s, gi_t) + F.mse_loss(gt_s, gt_t)
 
 
