@@ -732,7 +732,8 @@ def bench(args, device):
     changes = {"train_data": args.train_data or [f"{folder}/0.tsv"], "log_every": 10**9, "save_every": 10**9}
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
     with FlopCounterMode(display=False) as counter:
-        train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/count", "bench": 1}), device)
+        small = {"out": f"{folder}/count", "bench": 1, "batch_size": 2 * WORLD}
+        train(argparse.Namespace(**vars(args) | changes | small), device)
     torch.backends.mha.set_fastpath_enabled(True)
     train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/time"}), device, lap)
     barrier()
@@ -741,18 +742,18 @@ def bench(args, device):
         median = {name: float(np.median(values)) for name, values in parts.items()}
         step = float(np.median(np.sum([*parts.values()], axis=0)))
         models = sum(median[name] for name in ("teacher forward", "student forward", "student backward", "optimiser"))
-        flops = counter.get_total_flops()  # of the n pairs of this process
+        flops = counter.get_total_flops() / 2  # of one pair, without the losses' share that grows with N
         print(f"\n| {n} of {args.batch_size} pairs on {device} | ms | share |\n|---|---|---|")
         for name, value in {**median, "whole step": step}.items():
             print(f"| {name} | {value:.1f} | {100 * value / step:.1f} % |")
-        busy = (step - median["wait for data"]) / models
-        print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / n / 1e9:.2f} GFLOP a pair, "
-              f"{flops / step / 1e9:.2f} TFLOP/s each; without the wait {busy:.3f} x teacher + student + optimiser")
+        print(f"\n{1000 * args.batch_size / step:.1f} pairs/s, {flops / 1e9:.2f} GFLOP a pair, "
+              f"{flops * n / step / 1e9:.3f} TFLOP/s a process; (step - wait) / (teacher + student + optimiser) = "
+              f"{(step - median['wait for data']) / models:.3f}")
         if device.type == "cuda":
             x = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
             start, _ = clock(), [x @ x for _ in range(50)]
             ceiling = 50 * 2 * 8192**3 / (clock() - start)
-            print(f"{100000 * flops / step / ceiling:.0f} % of what bfloat16 products of 8192 x 8192 reach here, "
+            print(f"{100000 * flops * n / step / ceiling:.0f} % of what bfloat16 products of 8192 x 8192 reach here, "
                   f"{ceiling / 1e12:.0f} TFLOP/s")
 
 # ---- Demo: Table 5 in miniature. A teacher that saw many clean pairs, students with few and noisy ones, in a world of
