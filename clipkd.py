@@ -24,8 +24,8 @@ class BadInput(Exception):
 
 # ---- Flags. With --train-data and no other flag a run is the paper's recipe (Sec. 4.1); without it, the demo. ----
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(usage="clipkd.py [--flag value ...]", description=__doc__.split("\n")[0]
-                                     + " Without --train-data and --eval-only: a demo on pictures that it draws.")
+    about = __doc__.split("\n")[0] + " Without --train-data and --eval-only: a demo on pictures that it draws."
+    parser = argparse.ArgumentParser(usage="clipkd.py [--flag value ...]", description=about, allow_abbrev=False)
     add = parser.add_argument_group("data").add_argument
     add("--train-data", nargs="+", metavar="FILE", help="TSV or CSV with columns filepath (from FILE on) and title; "
         "tars of KEY.jpg and KEY.txt, also as a folder or 'cc12m/{00000..01242}.tar'")
@@ -74,8 +74,8 @@ def get_args(argv=None):
         raise BadInput(f"--batch-size {args.batch_size}: is over all processes, so it must be a multiple of {WORLD}")
     if not any(getattr(args, f"lambda_{name}") for name in LOSSES):
         raise BadInput("--lambda-*: all are 0, so there is nothing to learn; give one a weight")
-    if args.eval_only and not args.val_data + args.zeroshot:
-        raise BadInput("--eval-only: nothing to evaluate on; give --val-data, --zeroshot or both")
+    if (args.eval_only or demo) and args.eval_only != bool(args.val_data + args.zeroshot):
+        raise BadInput("--val-data, --zeroshot: need --eval-only or --train-data, and --eval-only needs one of them")
     return args
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:
@@ -317,9 +317,11 @@ def load_model(spec, flag, need_weights=False):
     except Exception as error:  # a wrong file or a missing package can make open_clip stumble anywhere
         reason, known = " ".join(str(error).split())[:300], [*open_clip.list_models(), *STUDENTS]
         if weights is not None and name not in known:
-            reason = f"unknown model; the nearest names are {difflib.get_close_matches(name, known, 3, 0.3)}"
+            near = ", ".join(difflib.get_close_matches(name, known, 3, 0.3))
+            reason = f"unknown model; the nearest names are {near}; a folder is local-dir:FOLDER"
         elif weights is not None and not os.path.isfile(weights):
-            reason += f"; give NAME:FILE or NAME:TAG, tags: {open_clip.list_pretrained_tags_by_model(name)}"
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            reason += f"; give NAME:FILE or NAME:TAG, tags: {tags}"
         raise BadInput(f"{flag} {spec}: cannot be loaded: {reason}") from error
 
 def autocast(device):
@@ -502,7 +504,7 @@ def caption_pairs(name):
 
 def read_evaluations(args):
     """{name: class folders} of --zeroshot and {name: captioned pictures} of --val-data, checked before any work."""
-    named = [[value.split("=", 1) if "=" in value else (value, value) for value in values]
+    named = [[value.split("=", 1) if "=" in value and not os.path.exists(value) else (value, value) for value in values]
              for values in (args.zeroshot, args.val_data)]
     zeroshot = {name: class_folders(root) for name, root in named[0]}
     retrieval = {name: caption_pairs(file) for name, file in named[1]}
@@ -559,7 +561,7 @@ def replace(path, write):
             write(file)
         os.replace(f"{path}.tmp", path)
     except Exception as error:
-        raise BadInput(f"{path}: cannot be written: {error}; what it held before is still there") from error
+        raise BadInput(f"{path}: cannot be written: {error}; what it held before is kept") from error
 
 def load_checkpoint(path, recipe):
     """What save() wrote; refuses a damaged file and another recipe."""
@@ -585,6 +587,8 @@ def export(student, config, folder):
 # ---- Training. ----
 def train(args, device, lap=Distiller.lap):
     """Train --student, or continue; returns the last record of log.jsonl that has an evaluation."""
+    for name in args.train_data:
+        sources(name)  # a wrong path is told before the models are loaded
     torch.manual_seed(args.seed)  # the same start on every process
     lambdas, out = {name: getattr(args, f"lambda_{name}") for name in LOSSES}, Path(args.out)
     student, tokenizer, config = load_model(args.student, "--student")
@@ -726,7 +730,7 @@ def bench(args, device):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         Image.effect_noise((512, 384), 50).convert("RGB").save(folder / "0.jpg")  # without --train-data, always this
-        rows = "0.jpg\ta photo of noise\n" * (args.batch_size * args.bench)
+        rows = "0.jpg\ta photo of noise\n" * (args.batch_size * (args.bench + 1))
         (folder / "0.tsv").write_text("filepath\ttitle\n" + rows)
     barrier()
     changes = {"train_data": args.train_data or [f"{folder}/0.tsv"], "log_every": 10**9, "save_every": 10**9}
@@ -735,12 +739,13 @@ def bench(args, device):
         small = {"out": f"{folder}/count", "bench": 1, "batch_size": 2 * WORLD}
         train(argparse.Namespace(**vars(args) | changes | small), device)
     torch.backends.mha.set_fastpath_enabled(True)
-    train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/time"}), device, lap)
+    train(argparse.Namespace(**vars(args) | changes | {"out": f"{folder}/time", "bench": args.bench + 1}), device, lap)
     barrier()
     if RANK == 0:
         shutil.rmtree(folder)
+        parts = {name: np.array(values[1:]) for name, values in parts.items()}  # without the first step
         median = {name: float(np.median(values)) for name, values in parts.items()}
-        step = float(np.median(np.sum([*parts.values()], axis=0)))
+        step = float(np.median(sum(parts.values())))
         models = sum(median[name] for name in ("teacher forward", "student forward", "student backward", "optimiser"))
         flops = counter.get_total_flops() / 2  # of one pair, without the losses' share that grows with N
         print(f"\n| {n} of {args.batch_size} pairs on {device} | ms | share |\n|---|---|---|")
@@ -855,5 +860,5 @@ if __name__ == "__main__":
         print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nclipkd.py: stopped; the same command continues from its checkpoint", file=sys.stderr)
+        print("\nclipkd.py: stopped; training continues from its checkpoint with the same command", file=sys.stderr)
         sys.exit(130)
