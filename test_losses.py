@@ -1,4 +1,4 @@
-"""Tests of losses.py and clipkd.py: pytest -q test_losses.py (CPU, no network, about three minutes on two cores).
+"""Tests of losses.py and clipkd.py: pytest -q test_losses.py (CPU, no network, three to five minutes on two cores).
 
 Expected values come from the paper's equations written as loops, from hand-computed numbers, from identities, from
 autograd, or from open_clip; never from a copy of the code under test.
