@@ -100,8 +100,8 @@ from tqdm import tqdm
 from losses import (afd_loss, blank_patches, clip_loss, crd_loss, fd_loss, gd_loss, icl_loss, linear_cka, mfd_loss,
                     pair_gap, recalls)
 
-# ---- Data. A pair is four numbers that say where it lies in its file: no strings in memory. What is random depends on
-# (seed, epoch, index) alone, so that workers, processes, resuming and TSV or tar change nothing. ----
+# ---- Data. A pair is five numbers that say where it lies in which file: no strings in memory. What is random depends
+# on (seed, epoch, index) alone, so that workers, processes, resuming and TSV or tar change nothing. ----
 def sources(name):
     """[(file, columns, separator)] of a file, a folder of tars, or a range {00000..01242}; a tar has no columns."""
     files = sorted(map(str, Path(name).glob("*.tar"))) or [name]
@@ -150,13 +150,13 @@ def scan(source):
     return np.array(rows, np.int64).reshape(-1, 4)
 
 def read_pair(source, row):
-    """((path, start, length) of the picture, caption); a length of -1 means the whole file."""
+    """((path, start, length) of a picture in a tar or (path,) of one in a file of its own, caption)."""
     (file, columns, separator), (start, length, *place) = source, map(int, row)
     with open(file, "rb") as data:
         data.seek(start)
         caption = data.read(length).decode("utf-8", "replace")
     if columns:
-        line, place = re.sub("[\r\n\0]+", " ", caption).rstrip(" "), (0, -1)
+        line, place = re.sub("[\r\n\0]+", " ", caption).rstrip(" "), ()
         quoted = next(csv.reader([line], delimiter=separator)) if '"' in line and len(line) < 2**17 else []
         pair = dict(zip(columns, quoted if len(quoted) == len(columns) else line.split(separator)))
         file, caption = os.path.join(os.path.dirname(file), pair["filepath"]), pair["title"]
@@ -208,7 +208,7 @@ class Pairs(Dataset):
                 try:
                     images[len(captions)], caption = self.load(epoch, index % len(self))
                     break
-                except (BadInput, OSError, LookupError, ValueError) as error:
+                except Exception as error:  # whatever is wrong with one pair, a run of days goes on
                     unread, index = unread + 1, index + 1
                     if unread >= min(1000, len(self)):
                         raise BadInput(f"--train-data: {unread} pairs of a batch cannot be read, the last: {error}; a "
