@@ -38,6 +38,7 @@ def get_args(argv=None):
     add("--student", default="ViT-T-16", help="(ViT-T-16) also mobilevit_s, swin_tiny, mobilenetv3_small_100, "
         "efficientnet_b0, resnet18, and for 32 pixels demo-student, demo-vit")
     add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) not read without KD losses")
+    add("--inherit", action="store_true", help="start as a cut-out of the teacher (TinyCLIP): a ViT of a ViT, RN of RN")
     add = parser.add_argument_group("losses", "total = sum of lambda * loss, unscaled; 0 = not computed").add_argument
     add("--lambda-clip", type=float, default=1, help="(1) task loss, nats")
     add("--lambda-crd", type=float, default=1, help="(1) contrastive relational distillation, nats")
@@ -46,6 +47,7 @@ def get_args(argv=None):
     add("--lambda-mfd", type=float, default=0, help="(0) masked feature distillation; the paper's ablation: 2000")
     add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 (N/1024)^2")
     add("--lambda-afd", type=float, default=0, help="(0) augmented feature distillation, nats; the paper gives none")
+    add("--crd-scale", type=float, metavar="1/TAU", help="(none) fix both scales of CRD; TinyCLIP: 50")
     add("--mask-ratio", type=float, default=0.75, help="(0.75) share of the patches that MFD hides, in [0, 1)")
     add = parser.add_argument_group("optimiser: AdamW, linear warm-up, then cosine to 0").add_argument
     add("--epochs", type=int, default=32, help="(32)")
@@ -66,7 +68,7 @@ def get_args(argv=None):
         parser.set_defaults(**DEMO)  # what the user typed still wins over the demo's own values
     args = parser.parse_args(argv, argparse.Namespace(demo=demo))
     for name, value in vars(args).items():
-        low = name in ("epochs", "batch_size", "log_every", "save_every", "bench")
+        low = name in ("epochs", "batch_size", "log_every", "save_every", "bench", "crd_scale")
         high = 1 if name == "mask_ratio" else math.inf
         if type(value) in (int, float) and not low <= value < high:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number in [{low:d}, {high})")
@@ -324,6 +326,39 @@ def load_model(spec, flag, need_weights=False):
             reason += f"; give NAME:FILE or NAME:TAG, tags: {tags}"
         raise BadInput(f"{flag} {spec}: cannot be loaded: {reason}") from error
 
+@torch.no_grad()
+def inherit(student, teacher):
+    """Cut the student out of the teacher, in place: the manual weight inheritance of TinyCLIP (Wu et al., ICCV 2023).
+
+    Of L_t layers the student's number i takes number i * (L_t // L_s). Every tensor, embeddings, norms and scale too,
+    is the leading slice of the teacher's. Attention keeps its first heads whole: of q, k and v each the first rows.
+    """
+    def depth(state, stack):
+        return len({key[len(stack) :].split(".")[0] for key in state if key.startswith(stack)})
+
+    def head(model, key, tensor):  # width of a head, where there are heads
+        module = model.get_submodule(key.rpartition(".")[0])
+        return hasattr(module, "num_heads") and tensor.shape[-1] / module.num_heads
+
+    style, other = (f"{type(model).__name__} with a {type(model.visual).__name__}" for model in (student, teacher))
+    if style != other or style not in ("CLIP with a VisionTransformer", "CLIP with a ModifiedResNet"):
+        raise BadInput(f"--inherit: the student is a {style}, the teacher a {other}; both must be open_clip's CLIP, "
+                       "and both with its VisionTransformer or both with its ModifiedResNet")
+    target, source = student.state_dict(), teacher.state_dict()
+    for key, new in target.items():
+        name, layer = key, re.match(r"(.*(?:resblocks|layer\d)\.)(\d+)", key)
+        if layer and (step := depth(source, layer[1]) // depth(target, layer[1])):
+            name = f"{layer[1]}{int(layer[2]) * step}{key[layer.end() :]}"
+        old = source.get(name, torch.empty(0, 0))
+        fixed = slice(1) if re.search("visual.*positional|token_embedding", key) else slice(2, None)  # not channels
+        if not (new.ndim == old.ndim and all(n <= m for n, m in zip(new.shape, old.shape))
+                and new.shape[fixed] == old.shape[fixed] and head(student, key, new) == head(teacher, name, old)):
+            raise BadInput(f"--inherit: {key} {[*new.shape]} is no part of the teacher's {name} {[*old.shape]}; size "
+                           "of patches, image and vocabulary and width of a head must be equal, the rest not larger")
+        if "in_proj" in key:
+            new, old = new.unflatten(0, (3, -1)), old.unflatten(0, (3, -1))  # q, k, v
+        new.copy_(old[tuple(map(slice, new.shape))])
+
 def autocast(device):
     """bfloat16 inside the towers on a GPU that has it (Ampere on), else float32. Unlike float16 it needs no scaler."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -339,9 +374,9 @@ class Distiller(nn.Module):
     """
     lap = staticmethod(lambda name: None)  # bench() takes the time here
 
-    def __init__(self, student, dim_s, dim_t, lambdas, mask_ratio=0.75):
+    def __init__(self, student, dim_s, dim_t, lambdas, mask_ratio=0.75, crd_scale=None):
         super().__init__()
-        self.student, self.mask_ratio = student, mask_ratio
+        self.student, self.mask_ratio, self.crd_scale = student, mask_ratio, crd_scale
         self.on = on = [name for name in LOSSES if lambdas.get(name, 0) > 0]
         self.project = dim_s != dim_t and not {"fd", "mfd", "gd", "icl"}.isdisjoint(on)
         if self.project:
@@ -351,7 +386,8 @@ class Distiller(nn.Module):
         if "afd" in on:
             self.fuse_img, self.fuse_txt = nn.Linear(dim_s + dim_t, dim_s), nn.Linear(dim_s + dim_t, dim_s)
             self.afd_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        student.logit_scale.requires_grad_(not {"clip", "crd", "gd"}.isdisjoint(on))  # DDP: no idle parameters
+        learns_scale = {"clip", "gd"} if crd_scale else {"clip", "gd", "crd"}
+        student.logit_scale.requires_grad_(not learns_scale.isdisjoint(on))  # DDP: no idle parameters
         if "mfd" in on and isinstance(student.visual, open_clip.transformer.VisionTransformer):
             student.visual.patch_dropout = open_clip.transformer.PatchDropout(0.0)  # on in encode_masked only
 
@@ -372,10 +408,11 @@ class Distiller(nn.Module):
             img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
         self.lap("gather")
         scale_s, fuse = self.student.logit_scale.exp(), (self.fuse_img, self.fuse_txt) if "afd" in self.on else ()
+        fixed = self.crd_scale
         own = slice(RANK * len(x), RANK * len(x) + len(x))  # the pairs this process answers for; GD is not divided
         compute = {
             "clip": lambda: clip_loss(img_s, txt_s, scale_s, own),
-            "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, own),
+            "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, fixed or scale_s, fixed or scale_t, own),
             "fd": lambda: fd_loss(img_p[own], txt_p[own], img_t[own], txt_t[own]),
             "mfd": lambda: mfd_loss(F.normalize(m, dim=1), txt_p[own], img_t[own], txt_t[own]),
             "gd": lambda: gd_loss(img_p, txt_p, img_t, txt_t, scale_s, scale_t),
@@ -593,8 +630,11 @@ def train(args, device, lap=Distiller.lap):
     lambdas, out = {name: getattr(args, f"lambda_{name}") for name in LOSSES}, Path(args.out)
     student, tokenizer, config = load_model(args.student, "--student")
     teacher, tokenizers, reference, dim_t = None, [tokenizer], (), config["embed_dim"]
-    if any(lambdas[name] for name in LOSSES[1:]):
+    distils = any(lambdas[name] for name in LOSSES[1:])
+    if distils or args.inherit:
         teacher, tokenizer_t, config_t = load_model(args.teacher, "--teacher", need_weights=True)
+        if args.inherit and not (out / "checkpoint.pt").exists():
+            inherit(student, teacher)
         teacher.to(device).eval().requires_grad_(False)
         normalise_t, scale_t, dim_t = normaliser(teacher, device), teacher.logit_scale.exp(), config_t["embed_dim"]
         tokenizers, reference = [tokenizer, tokenizer_t], ((teacher, tokenizer_t), {})
@@ -606,7 +646,8 @@ def train(args, device, lap=Distiller.lap):
         raise BadInput(f"--batch-size {args.batch_size}: more than the {len(data)} pairs of --train-data")
     steps = args.bench or args.epochs * per_epoch
     warmup = min(10_000, steps // 10) if args.warmup is None else args.warmup
-    distiller = Distiller(student, config["embed_dim"], dim_t, lambdas, args.mask_ratio).to(device)
+    distiller = Distiller(student, config["embed_dim"], dim_t, lambdas, args.mask_ratio, args.crd_scale)
+    distiller.to(device)
     optimizer, normalise = make_optimizer(distiller, args), normaliser(student, device)
 
     recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in FREE} | {"pairs": len(data)}
@@ -663,7 +704,7 @@ def train(args, device, lap=Distiller.lap):
             lap("wait for data")
             images, tokens = images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
             torch.manual_seed(hash((args.seed, step, RANK)) % 2**63)  # for MFD's masks, Swin's stochastic depth
-            from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if teacher else ()
+            from_teacher = (*teach(teacher, normalise_t(images), tokens[-1]), scale_t) if distils else ()
             lap("teacher forward")
             losses = model(normalise(images), tokens[0], *from_teacher)
             total = sum(lambdas[name] * loss for name, loss in losses.items())
@@ -817,7 +858,7 @@ def demo(args, device):
     barrier()
     common = vars(args) | {"train_data": [f"{root}/data/students.tsv"], "val_data": [f"seen={root}/data/seen.tsv"],
                            "zeroshot": [f"{name}={root}/data/{name}" for name in ("seen", "held-out")]}
-    alone = {f"lambda_{name}": float(name == "clip") for name in LOSSES}
+    alone = {f"lambda_{name}": float(name == "clip") for name in LOSSES} | {"inherit": False}
     of_teacher = {"student": args.teacher, "epochs": TEACHER_EPOCHS, "train_data": [f"{root}/data/teacher.tsv"]}
     table = ["| | zero-shot, seen | zero-shot, held-out | I2T R@1 | T2I R@1 | parameters | time |", "|---" * 7 + "|"]
     for name, changes in (("teacher", alone | of_teacher), ("student alone", alone),

@@ -231,10 +231,10 @@ def small_batch(n=8, dim_t=64, dtype=torch.float32):
     return torch.randn(n, 3, 32, 32, generator=draw).to(dtype), tokens, img_t, txt_t, torch.tensor(50.0, dtype=dtype)
 
 
-def new_distiller(student, lambdas, dim_t=64):
+def new_distiller(student, lambdas, dim_t=64, **options):
     torch.manual_seed(0)
     model, _, config = clipkd.load_model(student, "--student")
-    return Distiller(model, config["embed_dim"], dim_t, lambdas).train()
+    return Distiller(model, config["embed_dim"], dim_t, lambdas, **options).train()
 
 
 @pytest.mark.parametrize("student", ["demo-vit", "demo-student"])  # D_s = 48 and 64, D_t = 64
@@ -327,6 +327,122 @@ def test_several_processes_have_the_gradient_of_one_for_every_parameter_and_loss
         assert 0 < gradient.abs().max() and (many[name] - gradient).abs().max() <= 1e-10 * gradient.abs().max(), name
 
 
+# ---- TinyCLIP: weight inheritance, affinity mimicking. ----
+
+def tower(folder, name, layers, width, text_layers, text_width, patch=16, size=32):
+    """A JSON file of a CLIP whose heads are 16 wide."""
+    vision = {"image_size": size, "patch_size": patch, "layers": layers, "width": width, "head_width": 16}
+    config = clipkd.clip_config(vision, 32, text_width, text_width // 16, text_layers, 20)
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    return str(folder / f"{name}.json")
+
+
+def randomised(spec, seed):  # every tensor: else biases at 0 and norms at 1 would agree by chance
+    model = clipkd.load_model(spec, "--student")[0].eval()
+    for i, tensor in enumerate(model.state_dict().values()):
+        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+        tensor.copy_(noise if tensor.is_floating_point() else 100 * noise)  # batch norm counts its batches
+    return model
+
+
+def test_a_student_like_its_teacher_inherits_all_of_it_and_has_its_features():
+    teacher, student = randomised("demo-vit", 0), randomised("demo-vit", 1)
+    clipkd.inherit(student, teacher)
+    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), teacher.state_dict().values()))
+    images, tokens, *_ = small_batch()
+    assert torch.equal(student.encode_image(images), teacher.encode_image(images))
+    assert torch.equal(student.encode_text(tokens), teacher.encode_text(tokens))
+
+
+def cut(key, shape, source, head, step):
+    """What `key` should hold, picked from the teacher's numpy arrays one layer, head and channel at a time."""
+    parts = key.split(".")
+    if "resblocks" in parts:
+        at = parts.index("resblocks") + 1
+        parts[at] = str(int(parts[at]) * step)
+    old, indices = source[".".join(parts)], [range(n) for n in shape]
+    if "in_proj" in key:  # of the teacher's heads the first few, in q, in k and in v
+        third = len(old) // 3
+        heads = range(shape[0] // 3 // head)
+        indices[0] = [q * third + h * head + i for q in range(3) for h in heads for i in range(head)]
+    if key.endswith("out_proj.weight"):  # columns are the channels of the heads
+        indices[1] = [h * head + i for h in range(shape[1] // head) for i in range(head)]
+    return old[np.ix_(*indices)] if shape else old
+
+
+@pytest.mark.parametrize("student, teacher, head, step", [
+    ("ViT-T-16", "ViT-B-16", 64, 1), ("half", "whole", 16, 2), ("third", "whole", 16, 3)])
+def test_every_tensor_of_the_student_is_the_slice_of_the_teachers_that_the_docstring_names(
+        student, teacher, head, step, tmp_path):
+    files = {"whole": tower(tmp_path, "whole", 7, 96, 6, 64), "half": tower(tmp_path, "half", 3, 48, 3, 32),
+             "third": tower(tmp_path, "third", 2, 96, 2, 64)}
+    teacher, student = (randomised(files.get(name, name), seed) for seed, name in enumerate((teacher, student)))
+    start = {key: tensor.clone() for key, tensor in student.state_dict().items()}
+    clipkd.inherit(student, teacher)
+    source = {key: tensor.numpy() for key, tensor in teacher.state_dict().items()}
+    for key, tensor in student.state_dict().items():
+        assert (tensor == start[key]).double().mean() < 1e-4, key  # nothing stayed random (floats can meet by chance)
+        assert np.array_equal(tensor.numpy(), cut(key, tensor.shape, source, head, step)), key
+    size = student.visual.image_size[0]
+    assert student.encode_image(torch.randn(2, 3, size, size)).isfinite().all()
+    assert student.encode_text(torch.randint(49408, (2, student.context_length))).isfinite().all()
+
+
+def test_a_resnet_inherits_from_a_resnet_and_keeps_no_random_tensor(tmp_path):
+    teacher = randomised("demo-teacher", 0)
+    config = clipkd.clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, 64, 32, 1, 1, 20)
+    (tmp_path / "narrow.json").write_text(json.dumps(config))
+    student = randomised(str(tmp_path / "narrow.json"), 1)
+    clipkd.inherit(student, teacher)
+    for (key, tensor), old in zip(student.state_dict().items(), teacher.state_dict().values()):
+        if "in_proj" not in key:
+            assert torch.equal(tensor, old[tuple(slice(n) for n in tensor.shape)]), key
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"patch": 8}, r"visual.positional_embedding \[17, 48\] is no part of the teacher's .* \[5, 96\]"),
+    ({"patch": 8, "size": 16}, r"visual.conv1.weight \[48, 3, 8, 8\] is no part of"),
+    ({"layers": 8}, r"visual.transformer.resblocks.7.ln_1.weight \[48\] is no part of the teacher's .* \[0, 0\]"),
+    ({"text_width": 80}, r"^--inherit: positional_embedding \[20, 80\] is no part of the teacher's .* \[20, 64\]"),
+])
+def test_the_first_tensor_that_cannot_be_inherited_is_named(changes, words, tmp_path):
+    teacher = randomised(tower(tmp_path, "whole", 7, 96, 6, 64), 0)
+    shape = {"layers": 3, "width": 48, "text_layers": 3, "text_width": 32} | changes
+    with pytest.raises(BadInput, match=words):
+        clipkd.inherit(randomised(tower(tmp_path, "other", **shape), 1), teacher)
+
+
+def test_a_vit_gives_nothing_to_a_resnet_or_a_timm_model():
+    for name in ("RN50", "mobilevit_s"):
+        with pytest.raises(BadInput, match="--inherit: the student is a CLIP with a (ModifiedResNet|TimmModel)"):
+            clipkd.inherit(clipkd.load_model(name, "--student")[0], randomised("demo-vit", 0))
+
+
+def test_crd_at_fixed_scales_has_the_gradient_of_tinyclips_cross_entropy(rows):
+    *teacher, scale = *rows[2:], torch.tensor(50.0, dtype=torch.float64)
+    ours, theirs = ([row.clone().requires_grad_() for row in rows[:2]] for _ in range(2))
+    crd_loss(*ours, *teacher, scale, scale).backward()
+    affinity = 0  # TinyCLIP: cross-entropy with the teacher's softmax as soft labels, mean of the two directions
+    for (v, s), (v_t, s_t) in ((theirs, teacher), (theirs[::-1], teacher[::-1])):
+        for k in range(N):
+            exp_s, exp_t = ([(50 * x[k] @ y[j]).exp() for j in range(N)] for x, y in ((v, s), (v_t, s_t)))
+            affinity -= sum(exp_t[j] / sum(exp_t) * (exp_s[j] / sum(exp_s)).log() for j in range(N)) / N / 2
+    affinity.backward()
+    for a, b in zip(ours, theirs):
+        assert b.grad.abs().max() > 0.1 and (a.grad - b.grad).abs().max() < 1e-10 * b.grad.abs().max()
+
+
+def test_a_fixed_crd_scale_is_used_for_both_sides_and_leaves_the_learned_scale_alone():
+    teacher = small_batch()
+    distiller = new_distiller("demo-vit", {"crd": 1}, crd_scale=50.0)
+    with torch.no_grad():
+        v, s = (F.normalize(x, dim=1) for x in (distiller.student.encode_image(teacher[0]),
+                                                distiller.student.encode_text(teacher[1])))
+        assert torch.equal(distiller(*teacher)["crd"], crd_loss(v, s, *teacher[2:4], 50.0, 50.0))
+    assert not distiller.student.logit_scale.requires_grad
+    assert new_distiller("demo-vit", {"crd": 1, "clip": 1}, crd_scale=50.0).student.logit_scale.requires_grad
+
+
 # ---- The script. ----
 
 @pytest.fixture(scope="module")
@@ -403,26 +519,45 @@ def test_each_lambda_alone_runs_and_logs_just_its_loss(name, run):
     assert {key for key in log[1] if key in clipkd.LOSSES} == {name}
 
 
-def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run, tmp_path, monkeypatch):
-    whole = run(save_every=2, lambda_mfd=1)
-    weights = student_weights(tmp_path / "out")
-    (tmp_path / "out").rename(tmp_path / "whole")
-
+def interrupted(run, **settings):
+    """Run as far as the fourth step; --save-every 2 has saved two."""
     def stop_at_step_3(step, *rest):
         if step == 3:
             raise KeyboardInterrupt
         return schedule(step, *rest)
     schedule = clipkd.lr_at
-    monkeypatch.setattr(clipkd, "lr_at", stop_at_step_3)
-    with pytest.raises(KeyboardInterrupt):
-        run(save_every=2, lambda_mfd=1)
-    monkeypatch.setattr(clipkd, "lr_at", schedule)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(clipkd, "lr_at", stop_at_step_3)
+        run(**settings, save_every=2)
+
+
+def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run, tmp_path):
+    whole = run(save_every=2, lambda_mfd=1)
+    weights = student_weights(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "whole")
+    interrupted(run, lambda_mfd=1)
     resumed = run(save_every=2, lambda_mfd=1, workers=1)  # loader processes change nothing either
     assert [(x["step"], x["total"]) for x in whole[1:-1]] == [(x["step"], x["total"]) for x in resumed[1:-1]]
     assert all(torch.equal(weights[key], value) for key, value in student_weights(tmp_path / "out").items())
     before = (tmp_path / "out/log.jsonl").read_text()
     run(save_every=2, lambda_mfd=1)
     assert (tmp_path / "out/log.jsonl").read_text() == before  # a finished run has nothing left to do
+
+
+def test_an_inherited_run_starts_as_the_teacher_and_a_resumed_one_inherits_no_second_time(run, tmp_path, monkeypatch):
+    teacher, _, config = clipkd.load_model("demo-vit", "--teacher")
+    clipkd.export(teacher, config, tmp_path / "teacher")
+    settings = {"inherit": "", "teacher": f"local-dir:{tmp_path}/teacher", "crd-scale": 50}
+    whole = run(**settings, out=tmp_path / "whole")
+    assert whole[1]["crd"] == pytest.approx(0, abs=1e-6) and whole[1]["fd"] == pytest.approx(0, abs=1e-6)
+    assert whole[-2]["crd"] > 1e-6
+    inherit, calls = clipkd.inherit, []
+    monkeypatch.setattr(clipkd, "inherit", lambda *models: (calls.append(1), inherit(*models)))
+    interrupted(run, **settings)
+    resumed, weights = run(**settings, save_every=2), student_weights(tmp_path / "whole")
+    assert len(calls) == 1
+    assert [(x["step"], x["total"]) for x in whole[1:-1]] == [(x["step"], x["total"]) for x in resumed[1:-1]]
+    assert all(torch.equal(weights[key], value) for key, value in student_weights(tmp_path / "out").items())
 
 
 def start(*words):
@@ -771,6 +906,10 @@ def test_odd_captions_are_tokenised_in_no_time(tmp_path):
     ({"val-data": "x.tsv", "train-data": None}, "--val-data, --zeroshot: need --eval-only or --train-data"),
     ({"train-data": "nowhere.tsv", "teacher": "ViT-B-61"}, "nowhere.tsv: no such file"),
     ({"zeroshot": "nowhere"}, "--zeroshot nowhere: no such folder"),
+    ({"inherit": ""}, "--inherit: the student is a CLIP with a VisionTransformer, the teacher a CLIP with"),
+    ({"inherit": "", "student": "mobilevit_s"}, "--inherit: the student is a CLIP with a TimmModel"),
+    ({"inherit": "", "student": "demo-student"}, r"resblocks.0.attn.in_proj_weight \[96, 32\] is no part of"),
+    ({"crd-scale": 0}, "--crd-scale 0.0: must be a number in"),
 ])
 def test_a_mistake_is_named_before_anything_is_written(changes, words, run, world, tmp_path):
     (tmp_path / "columns.csv").write_text("path,text\na,b\n")
