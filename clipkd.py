@@ -37,8 +37,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("models", forms).add_argument
     add("--student", default="ViT-T-16", help="(ViT-T-16) also mobilevit_s, swin_tiny, mobilenetv3_small_100, "
         "efficientnet_b0, resnet18, and for 32 pixels demo-student, demo-vit")
-    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) not read without KD losses")
-    add("--inherit", action="store_true", help="start as a cut-out of the teacher (TinyCLIP): a ViT of a ViT, RN of RN")
+    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32) read for KD losses and --inherit")
+    add("--inherit", action="store_true", help="start as a cut-out of the teacher, a larger ViT or RN (TinyCLIP)")
     add = parser.add_argument_group("losses", "total = sum of lambda * loss, unscaled; 0 = not computed").add_argument
     add("--lambda-clip", type=float, default=1, help="(1) task loss, nats")
     add("--lambda-crd", type=float, default=1, help="(1) contrastive relational distillation, nats")
@@ -327,35 +327,37 @@ def load_model(spec, flag, need_weights=False):
         raise BadInput(f"{flag} {spec}: cannot be loaded: {reason}") from error
 
 @torch.no_grad()
-def inherit(student, teacher):
+def inherit(student, teacher, path=""):
     """Cut the student out of the teacher, in place: the manual weight inheritance of TinyCLIP (Wu et al., ICCV 2023).
 
-    Of L_t layers the student's number i takes number i * (L_t // L_s). Every tensor, embeddings, norms and scale too,
-    is the leading slice of the teacher's. Attention keeps its first heads whole: of q, k and v each the first rows.
+    Goes down both models side by side. Of L_t layers the student's number i takes number i * (L_t // L_s). Every
+    tensor becomes the leading slice of the teacher's, in attention that of q, of k and of v: its first heads, whole.
     """
-    def depth(state, stack):
-        return len({key[len(stack) :].split(".")[0] for key in state if key.startswith(stack)})
+    def look(module):
+        """What must be equal, since else the same weights would compute something else; tensors; parts."""
+        tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        equal = {key: value for key, value in vars(module).items() if type(value) in (bool, str) and key != "training"}
+        if hasattr(module, "num_heads"):
+            equal["width of a head"] = next(module.parameters()).shape[-1] // module.num_heads
+        return {"class": type(module).__name__, "tensors": [*tensors], **equal}, tensors, [*module.named_children()]
 
-    def head(model, key, tensor):  # width of a head, where there are heads
-        module = model.get_submodule(key.rpartition(".")[0])
-        return hasattr(module, "num_heads") and tensor.shape[-1] / module.num_heads
+    def need(fits, what, ours, theirs):
+        if not fits:
+            raise BadInput(f"--inherit: {path}{what}: {ours} in the student, {theirs} in the teacher; the student must "
+                           "be an open_clip ViT or ResNet like the teacher, only narrower or shallower")
 
-    style, other = (f"{type(model).__name__} with a {type(model.visual).__name__}" for model in (student, teacher))
-    if style != other or style not in ("CLIP with a VisionTransformer", "CLIP with a ModifiedResNet"):
-        raise BadInput(f"--inherit: the student is a {style}, the teacher a {other}; both must be open_clip's CLIP, "
-                       "and both with its VisionTransformer or both with its ModifiedResNet")
-    target, source = student.state_dict(), teacher.state_dict()
-    for key, new in target.items():
-        name, layer = key, re.match(r"(.*(?:resblocks|layer\d)\.)(\d+)", key)
-        if layer and (step := depth(source, layer[1]) // depth(target, layer[1])):
-            name = f"{layer[1]}{int(layer[2]) * step}{key[layer.end() :]}"
-        old = source.get(name, torch.empty(0, 0))
-        fixed = slice(1) if re.search("visual.*positional|token_embedding", key) else slice(2, None)  # not channels
-        if not (new.ndim == old.ndim and all(n <= m for n, m in zip(new.shape, old.shape))
-                and new.shape[fixed] == old.shape[fixed] and head(student, key, new) == head(teacher, name, old)):
-            raise BadInput(f"--inherit: {key} {[*new.shape]} is no part of the teacher's {name} {[*old.shape]}; size "
-                           "of patches, image and vocabulary and width of a head must be equal, the rest not larger")
-        if "in_proj" in key:
+    (equal, tensors, parts), (equal_t, tensors_t, parts_t) = look(student), look(teacher)
+    for key, value in equal.items():
+        need(value == equal_t.get(key) and value not in ("TimmModel", "HFTextEncoder"), key, value, equal_t.get(key))
+    need(len(parts) <= len(parts_t), "number of parts", len(parts), len(parts_t))
+    for i, (name, part) in enumerate(parts):
+        inherit(part, parts_t[i * (len(parts_t) // len(parts))][1], f"{path}{name}.")
+    for name, new in tensors.items():
+        old = tensors_t[name]
+        fixed = slice(1) if re.search("visual.*positional|token_embedding", path + name) else slice(2, None)
+        need(new.ndim == old.ndim and all(n <= m for n, m in zip(new.shape, old.shape))
+             and new.shape[fixed] == old.shape[fixed], name, [*new.shape], [*old.shape])  # positions, words, pixels
+        if name.startswith("in_proj"):
             new, old = new.unflatten(0, (3, -1)), old.unflatten(0, (3, -1))  # q, k, v
         new.copy_(old[tuple(map(slice, new.shape))])
 
@@ -388,6 +390,8 @@ class Distiller(nn.Module):
             self.afd_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         learns_scale = {"clip", "gd"} if crd_scale else {"clip", "gd", "crd"}
         student.logit_scale.requires_grad_(not learns_scale.isdisjoint(on))  # DDP: no idle parameters
+        if crd_scale and learns_scale.isdisjoint(on):
+            nn.init.constant_(student.logit_scale, math.log(crd_scale))  # exported with the scale it is trained at
         if "mfd" in on and isinstance(student.visual, open_clip.transformer.VisionTransformer):
             student.visual.patch_dropout = open_clip.transformer.PatchDropout(0.0)  # on in encode_masked only
 
@@ -437,7 +441,7 @@ class Distiller(nn.Module):
     def clamp_scales(self):
         """Keep every 1/tau in [1, 100]; call it after each optimiser step."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("logit_scale", "log_scale")):
+            if parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
                 parameter.clamp_(0, math.log(100))
 
 def rows(embedding):
@@ -633,8 +637,9 @@ def train(args, device, lap=Distiller.lap):
     distils = any(lambdas[name] for name in LOSSES[1:])
     if distils or args.inherit:
         teacher, tokenizer_t, config_t = load_model(args.teacher, "--teacher", need_weights=True)
-        if args.inherit and not (out / "checkpoint.pt").exists():
+        if args.inherit:  # a checkpoint, if there is one, is loaded over it
             inherit(student, teacher)
+            student.visual.preprocess_cfg |= {key: teacher.visual.preprocess_cfg[key] for key in ("mean", "std")}
         teacher.to(device).eval().requires_grad_(False)
         normalise_t, scale_t, dim_t = normaliser(teacher, device), teacher.logit_scale.exp(), config_t["embed_dim"]
         tokenizers, reference = [tokenizer, tokenizer_t], ((teacher, tokenizer_t), {})
@@ -850,8 +855,9 @@ def make_world(folder, seed):
 
 def demo(args, device):
     """Write the world, train teacher, student alone and student with CLIP-KD, and print a table of the three."""
-    for flag in ("student", "teacher"):
-        load_model(getattr(args, flag), f"--{flag}")  # a wrong name is told before anything is written
+    models = [load_model(getattr(args, flag), f"--{flag}")[0] for flag in ("student", "teacher")]
+    if args.inherit:
+        inherit(*models)  # as a wrong name, a pair that does not fit is told before anything is written
     root = f"{args.out}/seed{args.seed}"
     if RANK == 0 and not os.path.exists(f"{root}/data"):
         make_world(Path(root, "data"), args.seed)

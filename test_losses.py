@@ -354,26 +354,22 @@ def test_a_student_like_its_teacher_inherits_all_of_it_and_has_its_features():
     assert torch.equal(student.encode_text(tokens), teacher.encode_text(tokens))
 
 
-def cut(key, shape, source, head, step):
-    """What `key` should hold, picked from the teacher's numpy arrays one layer, head and channel at a time."""
+def cut(key, shape, source, step):
+    """What `key` should hold, picked from the teacher's arrays by layer and channel: the first of each of q, k, v."""
     parts = key.split(".")
     if "resblocks" in parts:
         at = parts.index("resblocks") + 1
         parts[at] = str(int(parts[at]) * step)
     old, indices = source[".".join(parts)], [range(n) for n in shape]
-    if "in_proj" in key:  # of the teacher's heads the first few, in q, in k and in v
-        third = len(old) // 3
-        heads = range(shape[0] // 3 // head)
-        indices[0] = [q * third + h * head + i for q in range(3) for h in heads for i in range(head)]
-    if key.endswith("out_proj.weight"):  # columns are the channels of the heads
-        indices[1] = [h * head + i for h in range(shape[1] // head) for i in range(head)]
+    if "in_proj" in key:
+        indices[0] = [len(old) // 3 * third + i for third in range(3) for i in range(shape[0] // 3)]
     return old[np.ix_(*indices)] if shape else old
 
 
-@pytest.mark.parametrize("student, teacher, head, step", [
-    ("ViT-T-16", "ViT-B-16", 64, 1), ("half", "whole", 16, 2), ("third", "whole", 16, 3)])
+@pytest.mark.parametrize("student, teacher, step", [
+    ("ViT-T-16", "ViT-B-16", 1), ("half", "whole", 2), ("third", "whole", 3)])
 def test_every_tensor_of_the_student_is_the_slice_of_the_teachers_that_the_docstring_names(
-        student, teacher, head, step, tmp_path):
+        student, teacher, step, tmp_path):
     files = {"whole": tower(tmp_path, "whole", 7, 96, 6, 64), "half": tower(tmp_path, "half", 3, 48, 3, 32),
              "third": tower(tmp_path, "third", 2, 96, 2, 64)}
     teacher, student = (randomised(files.get(name, name), seed) for seed, name in enumerate((teacher, student)))
@@ -382,40 +378,74 @@ def test_every_tensor_of_the_student_is_the_slice_of_the_teachers_that_the_docst
     source = {key: tensor.numpy() for key, tensor in teacher.state_dict().items()}
     for key, tensor in student.state_dict().items():
         assert (tensor == start[key]).double().mean() < 1e-4, key  # nothing stayed random (floats can meet by chance)
-        assert np.array_equal(tensor.numpy(), cut(key, tensor.shape, source, head, step)), key
+        assert np.array_equal(tensor.numpy(), cut(key, tensor.shape, source, step)), key
     size = student.visual.image_size[0]
     assert student.encode_image(torch.randn(2, 3, size, size)).isfinite().all()
     assert student.encode_text(torch.randint(49408, (2, student.context_length))).isfinite().all()
 
 
-def test_a_resnet_inherits_from_a_resnet_and_keeps_no_random_tensor(tmp_path):
-    teacher = randomised("demo-teacher", 0)
-    config = clipkd.clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, 64, 32, 1, 1, 20)
-    (tmp_path / "narrow.json").write_text(json.dumps(config))
-    student = randomised(str(tmp_path / "narrow.json"), 1)
+def test_inherited_attention_computes_what_the_teachers_first_heads_compute(tmp_path):
+    teacher = clipkd.load_model(tower(tmp_path, "whole", 7, 64, 6, 64), "--teacher")[0].double()
+    student = clipkd.load_model(tower(tmp_path, "half", 3, 32, 3, 32), "--student")[0].double()
+    torch.nn.init.normal_(teacher.visual.transformer.resblocks[2].attn.in_proj_bias)
     clipkd.inherit(student, teacher)
-    for (key, tensor), old in zip(student.state_dict().items(), teacher.state_dict().values()):
+    new, old = student.visual.transformer.resblocks[1].attn, teacher.visual.transformer.resblocks[2].attn
+    old.out_proj.weight.data[:, 32:] = 0  # the other heads have no say
+    x = torch.randn(5, 3, 32, dtype=torch.float64)
+    wide = F.pad(x, (0, 32))
+    expected = old(wide, wide, wide)[0][..., :32]
+    assert expected.abs().mean() > 0.01 and torch.allclose(new(x, x, x)[0], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_resnet_inherits_every_second_block_of_a_resnet(tmp_path):
+    for name, layers, width, text in (("whole", [3, 4, 6, 3], 12, 64), ("half", [1, 2, 3, 1], 8, 32)):
+        config = clipkd.clip_config({"image_size": 32, "layers": layers, "width": width}, 64, text, text // 32, 1, 20)
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    teacher, student = (randomised(str(tmp_path / f"{name}.json"), i) for i, name in enumerate(("whole", "half")))
+    clipkd.inherit(student, teacher)
+    source = teacher.state_dict()
+    for key, tensor in student.state_dict().items():
         if "in_proj" not in key:
-            assert torch.equal(tensor, old[tuple(slice(n) for n in tensor.shape)]), key
+            stage = re.match(r"visual.layer(\d).(\d).", key)
+            step = [None, 3, 2, 2, 3][int(stage[1])] if stage else 0
+            name = f"visual.layer{stage[1]}.{int(stage[2]) * step}.{key[stage.end():]}" if stage else key
+            assert torch.equal(tensor, source[name][tuple(slice(n) for n in tensor.shape)]), key
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"patch": 8}, r"visual.positional_embedding \[17, 48\] is no part of the teacher's .* \[5, 96\]"),
-    ({"patch": 8, "size": 16}, r"visual.conv1.weight \[48, 3, 8, 8\] is no part of"),
-    ({"layers": 8}, r"visual.transformer.resblocks.7.ln_1.weight \[48\] is no part of the teacher's .* \[0, 0\]"),
-    ({"text_width": 80}, r"^--inherit: positional_embedding \[20, 80\] is no part of the teacher's .* \[20, 64\]"),
+def refusal(folder, student, teacher):
+    models = []
+    for name, (vision, text) in (("student", student), ("teacher", teacher)):
+        config = clipkd.clip_config({"image_size": 32, "patch_size": 16, "layers": 2, "width": 32, "head_width": 16}
+                                    | vision, 32, 32, 2, 2, 20)
+        config["text_cfg"] |= text
+        config |= {"quick_gelu": True} if vision.get("layers") == 4 else {}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+        models.append(clipkd.load_model(str(folder / f"{name}.json"), "--student")[0])
+    with pytest.raises(BadInput) as error:
+        clipkd.inherit(*models)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("student, teacher, words", [
+    ({"patch_size": 8}, {}, "visual.conv1.weight: [32, 3, 8, 8] in the student, [32, 3, 16, 16] in the teacher"),
+    ({"image_size": 48}, {}, "visual.positional_embedding: [10, 32] in the student, [5, 32] in the teacher"),
+    ({"layers": 3}, {}, "visual.transformer.resblocks.number of parts: 3 in the student, 2 in the teacher"),
+    ({"width": 64}, {}, "visual.conv1.weight: [64, 3, 16, 16] in the student, [32, 3, 16, 16] in the teacher"),
+    ({"head_width": 8}, {}, "visual.transformer.resblocks.0.attn.width of a head: 8 in the student, 16 in the teacher"),
+    ({}, {"layers": 4}, "visual.transformer.resblocks.0.mlp.gelu.class: GELU in the student, QuickGELU in the teacher"),
+    ({}, {"pool_type": "avg"}, "visual.pool_type: tok in the student, avg in the teacher"),
+    ({}, {"ls_init_value": 1e-4}, "visual.transformer.resblocks.0.ls_1.class: Identity in the student, LayerScale in"),
+    ({"no_ln_pre": True}, {}, "visual.ln_pre.class: Identity in the student, LayerNorm in the teacher"),
 ])
-def test_the_first_tensor_that_cannot_be_inherited_is_named(changes, words, tmp_path):
-    teacher = randomised(tower(tmp_path, "whole", 7, 96, 6, 64), 0)
-    shape = {"layers": 3, "width": 48, "text_layers": 3, "text_width": 32} | changes
-    with pytest.raises(BadInput, match=words):
-        clipkd.inherit(randomised(tower(tmp_path, "other", **shape), 1), teacher)
+def test_the_first_thing_that_cannot_be_inherited_is_named(student, teacher, words, tmp_path):
+    assert refusal(tmp_path, (student, {}), (teacher, {})).startswith(f"--inherit: {words}")
 
 
-def test_a_vit_gives_nothing_to_a_resnet_or_a_timm_model():
-    for name in ("RN50", "mobilevit_s"):
-        with pytest.raises(BadInput, match="--inherit: the student is a CLIP with a (ModifiedResNet|TimmModel)"):
-            clipkd.inherit(clipkd.load_model(name, "--student")[0], randomised("demo-vit", 0))
+def test_text_towers_and_timm_models_that_compute_something_else_are_refused(tmp_path):
+    assert "text_pool_type: argmax in the student, last in" in refusal(tmp_path, ({}, {}), ({}, {"pool_type": "last"}))
+    assert "tensors: " in refusal(tmp_path, ({}, {}), ({}, {"no_causal_mask": True}))
+    with pytest.raises(BadInput, match="visual.class: TimmModel in the student, TimmModel in the teacher"):
+        clipkd.inherit(*(clipkd.load_model("mobilevit_s", "--student")[0] for _ in range(2)))
 
 
 def test_crd_at_fixed_scales_has_the_gradient_of_tinyclips_cross_entropy(rows):
@@ -544,20 +574,31 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run
     assert (tmp_path / "out/log.jsonl").read_text() == before  # a finished run has nothing left to do
 
 
-def test_an_inherited_run_starts_as_the_teacher_and_a_resumed_one_inherits_no_second_time(run, tmp_path, monkeypatch):
+def test_an_inherited_run_starts_as_the_teacher_and_a_resumed_one_inherits_no_second_time(run, tmp_path):
     teacher, _, config = clipkd.load_model("demo-vit", "--teacher")
+    teacher.visual.preprocess_cfg |= {"mean": [0.5] * 3, "std": [0.5] * 3}  # its first layer expects these
     clipkd.export(teacher, config, tmp_path / "teacher")
-    settings = {"inherit": "", "teacher": f"local-dir:{tmp_path}/teacher", "crd-scale": 50}
+    settings = {"inherit": "", "teacher": f"local-dir:{tmp_path}/teacher"}
     whole = run(**settings, out=tmp_path / "whole")
     assert whole[1]["crd"] == pytest.approx(0, abs=1e-6) and whole[1]["fd"] == pytest.approx(0, abs=1e-6)
     assert whole[-2]["crd"] > 1e-6
-    inherit, calls = clipkd.inherit, []
-    monkeypatch.setattr(clipkd, "inherit", lambda *models: (calls.append(1), inherit(*models)))
     interrupted(run, **settings)
     resumed, weights = run(**settings, save_every=2), student_weights(tmp_path / "whole")
-    assert len(calls) == 1
     assert [(x["step"], x["total"]) for x in whole[1:-1]] == [(x["step"], x["total"]) for x in resumed[1:-1]]
     assert all(torch.equal(weights[key], value) for key, value in student_weights(tmp_path / "out").items())
+    task = run(**settings, **{f"lambda-{n}": 0 for n in ("crd", "fd", "icl")}, out=tmp_path / "task")  # no distillation
+    assert task[1]["clip"] == whole[1]["clip"] and "crd" not in task[1]
+
+
+def test_tinyclip_is_inheritance_and_crd_alone_at_a_scale_that_the_student_keeps(run, tmp_path):
+    teacher, _, config = clipkd.load_model("demo-vit", "--teacher")
+    teacher.logit_scale.data.fill_(math.log(80))
+    clipkd.export(teacher, config, tmp_path / "teacher")
+    log = run(**{"inherit": "", "teacher": f"local-dir:{tmp_path}/teacher", "crd-scale": 50},
+              **{f"lambda-{name}": 0 for name in ("clip", "fd", "icl")})
+    assert log[1]["crd"] == pytest.approx(0, abs=1e-6) and "clip" not in log[1]
+    assert student_weights(tmp_path / "out")["logit_scale"].exp().item() == pytest.approx(50)
+    assert log[-2]["scale"] == pytest.approx(50)
 
 
 def start(*words):
@@ -906,9 +947,10 @@ def test_odd_captions_are_tokenised_in_no_time(tmp_path):
     ({"val-data": "x.tsv", "train-data": None}, "--val-data, --zeroshot: need --eval-only or --train-data"),
     ({"train-data": "nowhere.tsv", "teacher": "ViT-B-61"}, "nowhere.tsv: no such file"),
     ({"zeroshot": "nowhere"}, "--zeroshot nowhere: no such folder"),
-    ({"inherit": ""}, "--inherit: the student is a CLIP with a VisionTransformer, the teacher a CLIP with"),
-    ({"inherit": "", "student": "mobilevit_s"}, "--inherit: the student is a CLIP with a TimmModel"),
-    ({"inherit": "", "student": "demo-student"}, r"resblocks.0.attn.in_proj_weight \[96, 32\] is no part of"),
+    ({"inherit": ""}, "--inherit: visual.class: VisionTransformer in the student, ModifiedResNet in the teacher"),
+    ({"inherit": "", "student": "mobilevit_s"}, "--inherit: visual.class: TimmModel in the student"),
+    ({"inherit": "", "student": "demo-student"}, "attn.width of a head: 16 in the student, 32 in the teacher"),
+    ({"inherit": "", "train-data": None, "student": "RN50"}, "visual.* in the student, .* in the teacher"),  # the demo
     ({"crd-scale": 0}, "--crd-scale 0.0: must be a number in"),
 ])
 def test_a_mistake_is_named_before_anything_is_written(changes, words, run, world, tmp_path):
