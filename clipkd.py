@@ -373,6 +373,7 @@ class Distiller(nn.Module):
     lambdas: {loss: weight}; parts are built, and losses computed, only where the weight is above 0.
     Parts: proj_* if D_s != D_t, a Linear with bias on the raw student embedding, for FD, MFD, GD and ICL;
     fuse_* for AFD; a log-scale each for ICL and AFD that starts at ln(1/0.07), where CLIP's own starts.
+    crd_scale: a fixed 1/tau for both softmaxes of CRD (TinyCLIP); None: the student's learned and the teacher's own.
     """
     lap = staticmethod(lambda name: None)  # bench() takes the time here
 
