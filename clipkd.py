@@ -76,6 +76,8 @@ def get_args(argv=None):
         raise BadInput(f"--batch-size {args.batch_size}: is over all processes, so it must be a multiple of {WORLD}")
     if not any(getattr(args, f"lambda_{name}") for name in LOSSES):
         raise BadInput("--lambda-*: all are 0, so there is nothing to learn; give one a weight")
+    if args.crd_scale and not args.lambda_crd:
+        raise BadInput(f"--crd-scale {args.crd_scale}: is for CRD, which --lambda-crd 0 switches off")
     if (args.eval_only or demo) and args.eval_only != bool(args.val_data + args.zeroshot):
         raise BadInput("--val-data, --zeroshot: need --eval-only or --train-data, and --eval-only needs one of them")
     return args
@@ -894,6 +896,8 @@ def main():
             scores = evaluate(model.to(device), tokenizer, *read_evaluations(args), device, args.workers)
         else:
             scores = train(args, device)["eval"]
+        if RANK == 0 and not args.eval_only:
+            print(f"the student is in {args.out}/student")
         for name, values in scores.items() if RANK == 0 else ():
             print(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()))
     if WORLD > 1:

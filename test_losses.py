@@ -532,8 +532,9 @@ def test_a_run_logs_every_loss_saves_and_ends_with_its_scores(run, world, tmp_pa
     assert set(scores) == {"letters", "val"} and set(scores["letters"]) == {"top-1"}
     assert set(scores["val"]) == {*(f"{way} R@{k}" for way in ("I2T", "T2I") for k in (1, 5, 10)), "image CKA",
                                   "text CKA", "positive - negative"}  # no cosine: 48 and 64 wide
-    last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0] == f"letters: top-1 {scores['letters']['top-1']:.4g}" and last[1].startswith("val: I2T R@1 ")
+    *_, where, letters, val = capsys.readouterr().out.splitlines()
+    assert where == f"the student is in {tmp_path}/out/student" and val.startswith("val: I2T R@1 ")
+    assert letters == f"letters: top-1 {scores['letters']['top-1']:.4g}"
 
 
 @pytest.mark.parametrize("file", ["bare.pt", "wrapped.pt", "teacher.safetensors"])
@@ -952,6 +953,7 @@ def test_odd_captions_are_tokenised_in_no_time(tmp_path):
     ({"inherit": "", "student": "demo-student"}, "attn.width of a head: 16 in the student, 32 in the teacher"),
     ({"inherit": "", "train-data": None, "student": "RN50"}, "visual.* in the student, .* in the teacher"),  # the demo
     ({"crd-scale": 0}, "--crd-scale 0.0: must be a number in"),
+    ({"crd-scale": 50, "lambda-crd": 0}, "--crd-scale 50.0: is for CRD, which --lambda-crd 0 switches off"),
 ])
 def test_a_mistake_is_named_before_anything_is_written(changes, words, run, world, tmp_path):
     (tmp_path / "columns.csv").write_text("path,text\na,b\n")
