@@ -9,7 +9,7 @@ stand on: models, data, processes, evaluation, the run's folder; last the demo. 
 
 A run writes into --out: log.jsonl (a JSON object a line: the command, then losses and scores), checkpoint.pt
 (the same command again resumes from it) and student/ (open_clip loads it as local-dir:out/student).
-Shapes: n = pairs on this process, N = pairs in the whole batch, D_s and D_t = widths of the embeddings.
+Shapes: n = pairs on this process, N = pairs in the whole batch, D_s, D_t = widths of embeddings, the rows.
 """
 
 import argparse
@@ -54,7 +54,7 @@ import losses
 from losses import afd_loss, clip_loss, crd_loss, fd_loss, gather, gd_loss, icl_loss, mfd_loss
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
+LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")  # all but the first need a teacher
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
 LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -81,8 +81,8 @@ def explain(message, hint=""):
 
 # ---- Flags. With --train-data and no other flag it is the paper's recipe (Sec. 4.1); without it, the demo.
 def get_args(argv=None):
-    about = f"{__doc__.splitlines()[0]} Without --train-data: a demo on pictures that it draws."
-    parser = argparse.ArgumentParser("clipkd.py", "clipkd.py [--flag ...]", about, allow_abbrev=False)
+    usage = "clipkd.py [--flag ...]   (without --train-data: a demo on pictures that it draws)"
+    parser = argparse.ArgumentParser(None, usage, __doc__.splitlines()[0], allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--train-data", nargs="+", metavar="FILE", help="TSV, CSV (filepath, title), tars, folders of tars")
@@ -130,7 +130,7 @@ def get_args(argv=None):
         raise BadInput(f"--batch-size {args.batch_size}: over all processes, so a multiple of {WORLD}")
     need(any(getattr(args, f"lambda_{name}") for name in LOSSES), "--lambda-*: all are 0; give one a weight")
     if (args.eval_only or demo) and args.eval_only != bool(args.val_data + args.zeroshot):
-        raise BadInput("--val-data, --zeroshot: need --eval-only or --train-data; --eval-only one of them")
+        raise BadInput("--val-data, --zeroshot: need --eval-only or --train-data; --eval-only needs them")
     return args
 
 
@@ -139,7 +139,7 @@ def get_args(argv=None):
 class Distiller(nn.Module):
     """The student and the few trainable parts its losses need. DDP wraps it: all is synchronised and saved.
 
-    lambdas: {loss: weight}; parts are built, and losses computed, only where the weight is above 0.
+    student: a net of open_clip; lambdas: {loss: weight}; parts are built, losses computed where it is not 0.
     Parts: proj_* if D_s != D_t, a Linear with bias on the raw student embedding, for FD, MFD, GD and ICL;
     fuse_* for AFD; a log-scale each for ICL and AFD that starts at ln(1/0.07), where CLIP's own starts.
     """
@@ -163,9 +163,9 @@ class Distiller(nn.Module):
         {loss: its value [], unweighted, of the pairs of this process}."""
         with autocast(images.device):
             x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
-            m = self.encode_masked(images) if "mfd" in self.on else x
+            m = self.encode_masked(images) if "mfd" in self.on else x  # else not used
         x, y, m = (e.to(self.student.logit_scale.dtype) for e in (x, y, m))  # bfloat16 ends here
-        img_s, txt_s = img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_s]
+        img_s, txt_s = img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_s]; _p: projected
         if self.project:
             x, y, m = self.proj_img(x), self.proj_txt(y), self.proj_img(m)
             img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_t]
@@ -173,7 +173,7 @@ class Distiller(nn.Module):
             img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
         own = slice(RANK * len(x), RANK * len(x) + len(x))  # anchors this process answers for; GD takes all
         scale = self.student.logit_scale.exp()  # 1/tau
-        compute = {
+        compute = {  # called for those that are on
             "clip": lambda: clip_loss(img_s, txt_s, scale, own),
             "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale, scale_t, own),
             "fd": lambda: fd_loss(img_p[own], txt_p[own], img_t[own], txt_t[own]),
@@ -193,19 +193,19 @@ class Distiller(nn.Module):
         if not isinstance(tower, VisionTransformer):
             return self.student.encode_image(losses.blank_patches(images, ratio))
         with tower.patch_dropout.register_forward_hook(lambda _, args, x: losses.drop_patches(x, ratio)):
-            return self.student.encode_image(images)  # open_clip's own PatchDropout makes a GPU wait
+            return self.student.encode_image(images)  # (a GPU would wait for open_clip's own PatchDropout)
 
 
 @torch.no_grad()
 def clamp_scales(model):
     """Keep every 1/tau in [1, 100], as CLIP does; after each optimiser step."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
+        if parameter.ndim == 0 and parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
             parameter.clamp_(0, math.log(100))
 
 
 # ---- Training. Hard in it: a run of days must end, to the bit, where it would have ended had nothing stopped
-# it. So what is random depends on (seed, step) alone, a step that has begun is ended, checkpoints are whole.
+# it. So what is random depends on (seed, step, rank), a step that has begun is ended, checkpoints are whole.
 def make_optimizer(distiller, lr, weight_decay):
     """AdamW; no decay on biases, norms and scales; betas and eps by family, as in the authors' scripts."""
     decayed, plain = [], []
@@ -213,8 +213,8 @@ def make_optimizer(distiller, lr, weight_decay):
         if p.requires_grad:
             (plain if p.ndim < 2 or "bias" in name else decayed).append(p)  # Swin has biases of 2 axes
     tower = distiller.student.visual
-    timm = getattr(tower, "trunk", None)
-    vit = "vit" in timm.default_cfg["architecture"] if timm else isinstance(tower, VisionTransformer)
+    trunk = getattr(tower, "trunk", None)  # of timm
+    vit = "vit" in trunk.default_cfg["architecture"] if trunk else isinstance(tower, VisionTransformer)
     betas, eps = ((0.9, 0.98), 1e-6) if vit else ((0.9, 0.999), 1e-8)  # mobilevit is of the first, too
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
@@ -248,7 +248,7 @@ def train(args, device):
     student, teacher = OpenClip(args.student, "--student", device), None
     if any(lambdas[name] for name in LOSSES[1:]):
         teacher = OpenClip(args.teacher, "--teacher", device, frozen=True)
-    both = [student, teacher] if teacher else [student]
+    both = [student, teacher] if teacher else [student]  # so [-1] is the teacher, if there is one
     distiller = Distiller(student.net, student.dim, both[-1].dim, lambdas, args.mask_ratio).to(device).train()
     optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
     zeroshot, retrieval = read_evaluations(args)
@@ -269,17 +269,18 @@ def train(args, device):
             if due and run.result.get("step") != run.step:  # also one that a kill cut off
                 run.patient = False  # all is saved: a signal ends it at once
                 scores = evaluate(student, zeroshot, retrieval, args.workers, teacher)
-                run.patient, size = True, sum(p.numel() for p in distiller.train().student.parameters())
-                run.result = run.write(eval=scores, parameters=size)
+                distiller.train()  # evaluate leaves the student in evaluation mode
+                run.patient, count = True, sum(p.numel() for p in student.net.parameters())
+                run.result = run.write(eval=scores, parameters=count)
                 run.save()
             if run.step == steps:
                 return run.result
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(run.step, steps, warmup, args.lr)
+                group["lr"] = lr = lr_at(run.step, steps, warmup, args.lr)
             values = train_step(model, optimizer, lambdas, student, teacher, *next(batches))
             stop = run.end_step()
             if run.step % args.log_every == 0 or run.step == steps:
-                run.log_losses(values, lr=group["lr"], scale=student.net.logit_scale.exp().item())
+                run.log_losses(values, lr=lr, scale=student.net.logit_scale.exp().item())
             if stop or run.step == steps or 0 in (run.step % save_every, run.step % score_every):
                 run.save(values, stop)
 
@@ -311,13 +312,14 @@ def find_model(spec, frozen):
     if spec.startswith(("local-dir:", "hf-hub:")):
         return spec, None, {}
     name, _, weights = spec.partition(":")
+    name = name if name.endswith(".json") else name.replace("/", "-")  # the paper writes ViT-B/16
     if name in STUDENTS or name.endswith(".json"):
         config = STUDENTS.get(name) or json.loads(Path(name).read_text("utf-8"))
-        name = "clipkd-model"  # hides none of its own names
+        name = "clipkd-model"  # hides no name of open_clip
         with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from files only
             Path(folder, f"{name}.json").write_text(json.dumps(config))
             open_clip.add_model_config(folder)
-    name, known = name.replace("/", "-"), open_clip.list_models()  # the paper writes ViT-B/16
+    known = open_clip.list_models()
     near = ", ".join(difflib.get_close_matches(name, [*known, *STUDENTS], 3, 0.3))
     need(name in known, f"unknown model; the nearest names are {near}; a folder is local-dir:FOLDER")
     tags = {t: open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)}
@@ -472,7 +474,7 @@ def read_pair(source, row):
         pair = dict(zip(columns, cells))
         file, caption = os.path.join(os.path.dirname(file), pair["filepath"]), pair["title"]
     need(caption.strip(), f"{file}: no caption")
-    return (file, *place), caption[:1000]  # of more than 77 tokens; an endless word would take BPE minutes
+    return (file, *place), caption[:1000]  # enough for any context; an endless word takes the BPE minutes
 
 
 def open_picture(path, start=0, length=-1):
@@ -523,13 +525,12 @@ class Pairs(Dataset):
 
     def keys(self, batch, first, last):
         """For each of the steps first..last-1 the n keys of this process; a new order every epoch."""
-        n = batch // WORLD
         for step in range(first, last):
             epoch, k = divmod(step, len(self) // batch)
             if step == first or k == 0:
                 generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
                 order = torch.randperm(len(self), generator=generator)
-            yield [(epoch, index) for index in order[k * batch + RANK * n :][:n].tolist()]
+            yield [(epoch, index) for index in order[k * batch :][:batch].chunk(WORLD)[RANK].tolist()]
 
     def __getitem__(self, keys):
         images, captions, unread = torch.empty(len(keys), 3, *self.size, dtype=torch.uint8), [], 0
@@ -561,7 +562,7 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-# ---- Processes. Hard in it: all together must compute the gradient of one process with the whole batch.
+# ---- Processes. Together they compute the gradient of one with the whole batch: by gather (losses.py), DDP.
 def setup():
     """The device of this process, after joining the others."""
     gpus = torch.cuda.device_count()
@@ -582,7 +583,7 @@ def setup():
 def from_process_0(value=None):
     values = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(values)  # the others wait here
+        dist.broadcast_object_list(values)  # the others wait here, so without a value it is a barrier
     return values[0]
 
 
@@ -651,11 +652,11 @@ def read_evaluations(args):
     return sets
 
 
-# ---- The run's folder. Hard in it: a kill can come at any moment, and a second run at any time. So a file is
-# written beside the old one and renamed, in the order student, log, checkpoint; and a lock keeps others out.
+# ---- The run's folder. Hard in it: a kill can come at any moment, and a second run at any time. So files are
+# renamed into place, checkpoint.pt last, with the length of the log by then; and a lock keeps others out.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PROGRESS = ("step", "seconds", "waited", "skipped", "result", "log_end")
 # Flags that make a run what it is; what else the command says may differ when it is continued.
-PROGRESS = ("step", "seconds", "skipped", "result", "log_end")
 FIXED = re.compile("lambda_.*|mask_ratio|epochs|batch_size|lr|weight_decay|warmup|seed")
 
 
@@ -702,13 +703,14 @@ class Run(contextlib.ExitStack):
         self.signals.append(number)
 
     def resume(self, pairs, teacher, steps, per_epoch):
-        """Go on from checkpoint.pt, if there is one of the same recipe; open the log and the progress bar."""
+        """Go on from checkpoint.pt, if there is one of this recipe; open the log; from here signals wait."""
         recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(self.args).items() if FIXED.fullmatch(k)}
         recipe |= {"pairs": pairs, "--student": re.sub("(?<=[:=])[^:=]*/", "", self.args.student)}  # may move
-        recipe["teacher's weights summed"] = teacher and sum(w.sum().item() for w in teacher.net.parameters())
+        bits = teacher and sum(w.view(torch.int).sum().item() for w in teacher.net.parameters())
+        recipe["teacher's weights, as a sum"] = bits  # of integers, which is the same in any order
         self.recipe, self.per_epoch, path = recipe, per_epoch, self.out / "checkpoint.pt"
         if path.exists():
-            with explain(f"{path}: cannot be read", "if it is damaged, move it away to start afresh"):
+            with explain(f"{path}: cannot be read", "if it is damaged, move the folder away to start afresh"):
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 before = saved["recipe"]
             for key, value in recipe.items():
@@ -861,9 +863,8 @@ def demo(args, device):
     for name, changes in runs.items():
         out = f"{root}/{re.sub('[^a-z]+', '-', name.lower())}"
         row = train(argparse.Namespace(**{**vars(args), **changes, "out": out}), device)
-        seen, held_out = row["eval"].values()
-        scores = seen["top-1"], held_out["top-1"], seen["I2T R@1"], seen["T2I R@1"]
-        cells = " | ".join(f"{score:.1f}" for score in scores)
+        a, b = row["eval"].values()  # seen, held-out
+        cells = " | ".join(f"{x:.1f}" for x in (a["top-1"], b["top-1"], a["I2T R@1"], a["T2I R@1"]))
         table.append(f"| {name} | {cells} | {row['parameters'] / 1e6:.1f} M | {row['seconds']:.0f} s |")
     if RANK == 0:
         print("", *table, sep="\n")
@@ -895,5 +896,5 @@ if __name__ == "__main__":
         print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nclipkd.py: stopped; the same command goes on from the checkpoint", file=sys.stderr)
+        print("\nclipkd.py: stopped; the same command goes on from what was saved", file=sys.stderr)
         sys.exit(130)

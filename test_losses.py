@@ -598,7 +598,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_run_gives_back_folder_signals
     first = clipkd.lock(tmp_path / "out")
     with pytest.raises(BadInput, match=f"--out {tmp_path}/out: .*another run is at work there"):
         run()
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"lock", "lock-journal"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {"lock"}
     first.close(), torch.set_num_threads(3)
     handlers = [signal.getsignal(number) for number in clipkd.STOPS]
     assert len(totals(run())) == 6 and torch.get_num_threads() == 3 and len(handlers) == 3
@@ -966,7 +966,7 @@ def test_a_mistake_is_named_before_anything_is_written(changes, words, run, worl
     with pytest.raises(BadInput, match=words.replace("{tmp}", str(tmp_path))) as error:
         run(**changes)
     assert "\n" not in str(error.value)
-    assert {path.name for path in tmp_path.glob("out/*")} <= {"lock", "lock-journal", "scans"}
+    assert {path.name for path in tmp_path.glob("out/*")} <= {"lock", "scans"}
 
 
 def test_an_unreadable_picture_of_an_evaluation_is_named_and_the_training_is_not_lost(run, world, tmp_path):
@@ -992,7 +992,7 @@ def test_a_checkpoint_of_another_run_or_cut_off_is_refused_and_kept(run, tmp_pat
     reasons = {whole[: len(whole) // 2]: ".*archive", b"": "Ran out of input|EOF", b"something else": ".+"}
     for content, reason in reasons.items():
         checkpoint.write_bytes(content)
-        with pytest.raises(BadInput, match=f"t.pt: cannot be read: ({reason}).*; if it is damaged, move it"):
+        with pytest.raises(BadInput, match=f"t.pt: cannot be read: ({reason}).*; if it is damaged, move"):
             run(epochs=1)
         assert checkpoint.read_bytes() == content
     checkpoint.unlink(), checkpoint.mkdir()
