@@ -111,6 +111,7 @@ def get_args(argv=None):
     add("--warmup", type=int, metavar="STEPS", help="(10000, but at most a tenth of the run)")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", metavar="DIR", help="(out) its folder; a checkpoint there is continued")
+    add("--grad-checkpointing", action="store_true", help="less memory for the student, a fifth slower")
     add("--seed", type=int, default=0, help="(0)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="(50)")
     add("--save-every", type=int, metavar="STEPS", help="(an epoch) write checkpoint.pt, student/")
@@ -162,7 +163,7 @@ class Distiller(nn.Module):
         """Normalised images [n, 3, H, W], tokens [n, context], the teacher's unit rows [n, D_t] and 1/tau ->
         {loss: its value [], unweighted, of the pairs of this process}."""
         with autocast(images.device):
-            x, y = self.student.encode_image(images), self.student.encode_text(tokens)  # raw [n, D_s]
+            x, y = self.student.encode_image(images), encode_text(self.student, tokens)  # raw [n, D_s]
             m = self.encode_masked(images) if "mfd" in self.on else x  # else not used
         x, y, m = (e.to(self.student.logit_scale.dtype) for e in (x, y, m))  # bfloat16 ends here
         img_s, txt_s = img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_s]; _p: projected
@@ -228,7 +229,7 @@ def lr_at(step, steps, warmup, peak):
 
 
 def train_step(model, optimizer, lambdas, student, teacher, images, tokens):
-    """One step on uint8 images [n, 3, S, S] and tokens [n, context] for the student, then for the teacher.
+    """One step on uint8 images [n, 3, S, S] and tokens (see encode_text) for the student, then the teacher.
     Returns {loss: its value [], unweighted} and the weighted "total", and waits for no GPU."""
     from_teacher = teacher.teach(images, tokens[-1]) if teacher else ()  # unit rows [n, D_t] twice, 1/tau
     values = model(student.normalise(images), tokens[0], *from_teacher)
@@ -242,12 +243,13 @@ def train_step(model, optimizer, lambdas, student, teacher, images, tokens):
 
 def train(args, device):
     """Train --student, or go on where its checkpoint is; returns the last record of log.jsonl with scores."""
-    list(map(sources, args.train_data))  # a wrong path is told before the models are loaded
+    list(map(list, map(sources, args.train_data)))  # a wrong path is told before the models are loaded
     torch.manual_seed(args.seed)  # the same start on every process
     lambdas = {name: getattr(args, f"lambda_{name}") for name in LOSSES}
     student, teacher = OpenClip(args.student, "--student", device), None
     if any(lambdas[name] for name in LOSSES[1:]):
         teacher = OpenClip(args.teacher, "--teacher", device, frozen=True)
+    student.net.set_grad_checkpointing(args.grad_checkpointing)
     both = [student, teacher] if teacher else [student]  # so [-1] is the teacher, if there is one
     distiller = Distiller(student.net, student.dim, both[-1].dim, lambdas, args.mask_ratio).to(device).train()
     optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
@@ -319,9 +321,8 @@ def find_model(spec, frozen):
         with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from files only
             Path(folder, f"{name}.json").write_text(json.dumps(config))
             open_clip.add_model_config(folder)
-    known = open_clip.list_models()
-    near = ", ".join(difflib.get_close_matches(name, [*known, *STUDENTS], 3, 0.3))
-    need(name in known, f"unknown model; the nearest names are {near}; a folder is local-dir:FOLDER")
+    near = difflib.get_close_matches(name, [*open_clip.list_models(), *STUDENTS], 3, 0.3)  # itself, if known
+    need(name in near, f"unknown model; the nearest names are {', '.join(near)}; a folder is local-dir:DIR")
     tags = {t: open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)}
     tag, _, file = weights.rpartition("=")
     tag, file = (tag, file) if tag in tags else (weights, weights)
@@ -361,7 +362,7 @@ class OpenClip:
     def teach(self, images, tokens):
         """All that a student hears of its teacher: unit rows [n, D_t] of images and of tokens, and 1/tau."""
         with autocast(images.device):
-            img, txt = self.net.encode_image(self.normalise(images)), self.net.encode_text(tokens)
+            img, txt = self.net.encode_image(self.normalise(images)), encode_text(self.net, tokens)
         return normalize(img.float()), normalize(txt.float()), self.net.logit_scale.exp()
 
     @torch.no_grad()
@@ -407,6 +408,24 @@ class OpenClip:
             self.tokenizer.save_pretrained(folder)
 
 
+def encode_text(net, tokens):
+    """net.encode_text [n, D] of tokens [n, context], or of their parts [(tokens, place of the last end), ...]
+    without computing the padding. Exact: in a causal tower no place sees the later ones, and the row that is
+    taken is the end token's. (Multiples of 16 keep even the bits.) Any other tower computes all places."""
+    text = getattr(net, "text", net)
+    parts = tokens if isinstance(tokens, list) else [(tokens, tokens.shape[1])]
+    pool, ends = getattr(text, "text_pool_type", getattr(text, "pool_type", None)), [end for _, end in parts]
+    if pool != "argmax" or text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
+        return net.encode_text(torch.cat([part for part, _ in parts]))
+
+    def cut(module, args, kwargs):  # once for each part
+        k = 16 * (ends.pop(0) // 16 + 1)
+        return (args[0][:, :k],), {"attn_mask": kwargs["attn_mask"][:k, :k]}
+
+    with text.transformer.register_forward_pre_hook(cut, with_kwargs=True):
+        return torch.cat([net.encode_text(part) for part, _ in parts])
+
+
 def autocast(device):
     """bfloat16 in the towers on a GPU that has it (Ampere on), else float32. float16 would need a scaler."""
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -416,8 +435,7 @@ def autocast(device):
 # ---- Data. Hard in it: 12.9 million pairs, 64 loaders. So a pair is five numbers in a table mapped from disk
 # and its crop depends on (seed, epoch, index) alone: loaders, processes, resuming or tars change nothing.
 def sources(name):
-    """[(file, columns, separator)] of a file or of a folder of tars; a tar has no columns."""
-    found = []
+    """Yields (file, columns, separator) of a file or of a folder of tars; a tar has no columns."""
     for file in sorted(map(str, Path(name).glob("[!.]*.tar"))) or [name]:
         need(os.path.isfile(file), f"{file}: no such file; expected a TSV, a CSV, a .tar or a folder of .tar")
         columns = separator = None
@@ -428,8 +446,7 @@ def sources(name):
             columns = [column.strip('" ') for column in header.split(separator)]
             known = {"filepath", "title"} <= {*columns}
             need(known, f"{file}: needs columns filepath and title; found {columns} (separator: {word})")
-        found.append((file, columns, separator))
-    return found
+        yield file, columns, separator
 
 
 def scan(source):
@@ -494,9 +511,9 @@ def table(path):
 
 class Pairs(Dataset):
     """Training pairs. n keys (epoch, index) give images uint8 [n, 3, size, size], tokens [n, context] of each
-    tokenizer, and how many could not be read: each gives way to the next one. Teacher and student share one
-    random crop (FD compares two looks at one view), uint8 until it is on the device. Where the pairs lie,
-    int64 [pairs, 5] (the number of the file, then as scan() says), is kept in `folder`."""
+    tokenizer, sorted by the captions' length; and how many could not be read: each gives way to the next one.
+    Teacher and student share one random crop (FD compares two looks at one view), uint8 until on the device.
+    Where the pairs lie, int64 [pairs, 5] (number of the file, then as scan() says), is kept in `folder`."""
 
     def __init__(self, names, size, tokenizers, seed, folder):
         self.size, self.tokenizers, self.seed = [size, size], tokenizers, seed
@@ -510,14 +527,12 @@ class Pairs(Dataset):
         """Path of the table; it is made where there is none, or none that is whole."""
         stats = [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f, *_ in self.sources]
         path = Path(folder, hashlib.sha256(repr(stats).encode()).hexdigest()[:16] + ".npy")
-        try:
-            table(path)
-        except Exception:
-            kind = Pool if len(self.sources) > 1 else ThreadPool  # one file is not worth a process
-            with kind(min(len(self.sources), CORES)) as pool:
-                bar = tqdm(pool.imap(scan, self.sources), "scan", len(self.sources), leave=False)
-                rows = np.concatenate([np.insert(part, 0, i, axis=1) for i, part in enumerate(bar)])
-            replace(path, partial(np.save, arr=rows))
+        with contextlib.suppress(Exception):
+            return table(path) is not None and path
+        with (Pool if len(self.sources) > 1 else ThreadPool)(min(len(self.sources), CORES)) as pool:
+            bar = tqdm(pool.imap(scan, self.sources), "scan", len(self.sources), leave=False)
+            rows = np.concatenate([np.insert(part, 0, i, axis=1) for i, part in enumerate(bar)])
+        replace(path, partial(np.save, arr=rows))
         return path
 
     def __len__(self):
@@ -543,7 +558,9 @@ class Pairs(Dataset):
                     unread, index = unread + 1, index + 1
                     need(unread < min(1000, len(self)), f"{unread} pairs of a batch cannot be read: {error}")
             captions.append(caption)
-        return images, [tokenize(captions) for tokenize in self.tokenizers], unread
+        tokens = [tokenize(captions) for tokenize in self.tokenizers]
+        order = tokens[0].argmax(1).argsort(stable=True)  # by length: the end token has the highest number
+        return images[order], [t[order] for t in tokens], unread
 
     def load(self, epoch, index):
         """A crop, uint8 [3, size, size], and its caption."""
@@ -601,10 +618,8 @@ def class_folders(root):
         need(not odd, f"--zeroshot {root}: {odd[:3]} missing or not of ImageNet's 1000 wnids or numbers")
         names = [open_clip.IMAGENET_CLASSNAMES[keys.index(folder)] for folder in folders]
         templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-    found = []
-    for label, folder in enumerate(folders):
-        paths = sorted(Path(root, folder).glob("[!.]*"))
-        found += [(label, (str(path),)) for path in paths if path.suffix.lower() in PICTURES]
+    files = [(i, p) for i, folder in enumerate(folders) for p in sorted(Path(root, folder).glob("[!.]*"))]
+    found = [(label, (str(path),)) for label, path in files if path.suffix.lower() in PICTURES]
     need(found, f"--zeroshot {root}: no such folder, or no class folders with pictures in it")
     return *zip(*found), names, templates
 
@@ -656,8 +671,7 @@ def read_evaluations(args):
 # renamed into place, checkpoint.pt last, with the length of the log by then; and a lock keeps others out.
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PROGRESS = ("step", "seconds", "waited", "skipped", "result", "log_end")
-# Flags that make a run what it is; what else the command says may differ when it is continued.
-FIXED = re.compile("lambda_.*|mask_ratio|epochs|batch_size|lr|weight_decay|warmup|seed")
+RECIPE = re.compile("lambda_.*|mask_ratio|epochs|batch_size|lr|weight_decay|warmup|seed")  # of the flags
 
 
 def say(message):
@@ -676,15 +690,6 @@ def replace(path, content):
         os.replace(f"{path}.tmp", path)
 
 
-def lock(folder):
-    """Keeps other runs out of a folder until it is closed or this process ends, however that comes."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with explain(f"--out {folder}", "another run is at work there (see ps): end it, or give another --out"):
-        connection = sqlite3.connect(Path(folder, "lock"), timeout=0, isolation_level=None)
-        connection.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")  # on Windows, too
-    return connection
-
-
 class Run(contextlib.ExitStack):
     """A run's folder, as a context that gives back what it takes: the lock, and the signals, which wait for
     the end of a step while it is patient. step: how many are done; result: the last record with scores."""
@@ -695,7 +700,11 @@ class Run(contextlib.ExitStack):
         self.step, self.seconds, self.skipped, self.waited, self.result, self.log_end = 0, 0.0, 0, 0.0, {}, 0
         self.parts, self.signals, self.patient = {"model": distiller, "optimizer": optimizer}, [], True
         if RANK == 0:
-            self.callback(lock(self.out).close)
+            self.out.mkdir(parents=True, exist_ok=True)
+            with explain(f"--out {args.out}", "another run is at work there: end it, or give another --out"):
+                lock = sqlite3.connect(self.out / "lock", timeout=0, isolation_level=None)
+                lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")  # until this process ends
+            self.callback(lock.close)
 
     def on_signal(self, number, frame):
         if not self.patient:
@@ -704,7 +713,7 @@ class Run(contextlib.ExitStack):
 
     def resume(self, pairs, teacher, steps, per_epoch):
         """Go on from checkpoint.pt, if there is one of this recipe; open the log; from here signals wait."""
-        recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(self.args).items() if FIXED.fullmatch(k)}
+        recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(self.args).items() if RECIPE.fullmatch(k)}
         recipe |= {"pairs": pairs, "--student": re.sub("(?<=[:=])[^:=]*/", "", self.args.student)}  # may move
         bits = teacher and sum(w.view(torch.int).sum().item() for w in teacher.net.parameters())
         recipe["teacher's weights, as a sum"] = bits  # of integers, which is the same in any order
@@ -724,8 +733,7 @@ class Run(contextlib.ExitStack):
         if RANK == 0:  # lines that came after the checkpoint will come again
             self.log.truncate(min(self.log_end, os.path.getsize(self.log.name)))
         if not self.step:
-            versions = {"torch": torch.__version__, "open_clip": open_clip.__version__}
-            self.write(argv=sys.argv, args=vars(self.args), processes=WORLD, **versions)
+            self.write(args=vars(self.args), ranks=WORLD, versions=[torch.__version__, open_clip.__version__])
         bar = tqdm(total=steps, desc=self.args.out, initial=self.step, unit="step", disable=RANK > 0)
         self.bar = self.enter_context(bar)
         for number in STOPS:
@@ -747,7 +755,9 @@ class Run(contextlib.ExitStack):
         for images, tokens, unread in loader:
             self.waited, self.skipped = self.waited + time.perf_counter() - begin, self.skipped + unread
             torch.manual_seed(hash((self.args.seed, self.step, RANK)))  # of the step: masks, stochastic depth
-            yield images.to(device, non_blocking=True), [t.to(device, non_blocking=True) for t in tokens]
+            k = min(4, 1 + len(images) // 32)  # parts of the text towers' work; small ones would waste a GPU
+            move = partial(torch.Tensor.to, device=device, non_blocking=True)
+            yield move(images), [[(move(p), int(p.argmax(1).max())) for p in t.chunk(k)] for t in tokens]
             begin = time.perf_counter()
 
     def end_step(self):

@@ -4,6 +4,7 @@ Expected values come from the paper's equations written as loops, from hand-comp
 from autograd, or from open_clip; never from a copy of the code under test.
 """
 
+import argparse
 import ast
 import contextlib
 import ctypes
@@ -321,6 +322,11 @@ def test_the_teacher_gets_no_gradient_and_the_scales_stay_between_1_and_100():
     assert distiller.icl_log_scale.item() == 0
 
 
+def in_parts(tokens, k):
+    """As Run.batches hands tokens to encode_text."""
+    return [(part, int(part.argmax(1).max())) for part in tokens.chunk(k)]
+
+
 def gradients(rank, world, file):
     """One backward pass of all losses on this process's share of the batch; rank 0 saves every gradient."""
     model = distiller = new_distiller("demo-vit", ALL).double()
@@ -331,10 +337,12 @@ def gradients(rank, world, file):
         model = torch.nn.parallel.DistributedDataParallel(distiller)
     *batch, scale_t = small_batch(dtype=torch.float64)
     n = 8 // world
+    batch = [x[rank * n : (rank + 1) * n] for x in batch]
+    batch[1] = in_parts(batch[1], 2)  # the text tower computes no padding
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(clipkd, "RANK", rank), patch.setattr(clipkd, "WORLD", world)
         patch.setattr(torch, "rand", same_noise)
-        sum(model(*(x[rank * n : (rank + 1) * n] for x in batch), scale_t).values()).backward()
+        sum(model(*batch, scale_t).values()).backward()
     if rank == 0:
         torch.save({name: p.grad for name, p in distiller.named_parameters()}, file)
     if world > 1:
@@ -354,6 +362,75 @@ def test_several_processes_have_the_gradient_of_one_for_every_parameter_and_loss
 
 
 # ---- Models. ----
+def text_tower(folder, **changes):
+    config = clipkd.clip_config(
+        {"image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16}, 24
+    )
+    config["text_cfg"] = {
+        "context_length": 77,
+        "vocab_size": 512,
+        "width": 32,
+        "heads": 2,
+        "layers": 2,
+        **changes,
+    }
+    (folder / "tower.json").write_text(json.dumps(config | {"custom_text": bool(changes)}))
+    return load(folder / "tower.json").net.train()
+
+
+def every_length(context=77):
+    """Captions of 2, 3, .. 77 tokens between a start and an end."""
+    tokens = torch.zeros(context - 1, context, dtype=torch.long)
+    for i, row in enumerate(tokens):
+        row[: i + 2] = torch.randint(1, 500, (i + 2,), generator=torch.Generator().manual_seed(i))
+        row[0], row[i + 1] = 510, 511
+    return tokens
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_ratio": 3}])  # CLIP, and a CustomTextCLIP
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_text_tower_without_its_padding_has_the_same_bits_and_gradients(changes, k, tmp_path):
+    net, tokens, seen = text_tower(tmp_path, **changes), every_length(), []
+    text = getattr(net, "text", net)
+    hook = text.transformer.resblocks[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[1])
+    )
+    results = []
+    for given in (tokens, in_parts(tokens, k)):
+        net.zero_grad()
+        rows = clipkd.encode_text(net, given)
+        (rows * torch.linspace(-1, 1, rows.numel()).view_as(rows)).sum().backward()
+        results.append((rows, {name: p.grad for name, p in net.named_parameters() if p.grad is not None}))
+    hook.remove()
+    assert seen == [77, *{1: [77], 2: [48, 77], 4: [32, 48, 64, 77]}[k]]
+    (a, grads), (b, others) = results
+    assert torch.equal(a, net.encode_text(tokens)) and torch.equal(a, b) and len(grads) > 20
+    for name, gradient in grads.items():
+        assert (others[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("changes", [{"no_causal_mask": True}, {"pool_type": "last"}, {"embed_cls": True}])
+def test_a_text_tower_that_could_notice_the_padding_computes_it(changes, tmp_path):
+    net, tokens = text_tower(tmp_path, **changes), every_length()
+    with torch.no_grad():
+        assert torch.equal(clipkd.encode_text(net, in_parts(tokens, 4)), net.encode_text(tokens))
+
+
+@pytest.mark.parametrize("student", ["demo-vit", "demo-student", "timm"])
+def test_checkpointing_changes_no_bit_of_any_gradient(student, tmp_path):
+    config = clipkd.clip_config({"timm_model_name": "vit_tiny_patch16_224"}, 64, 32, 2, 1, 20)
+    (tmp_path / "timm.json").write_text(json.dumps(config))
+    (images, tokens, *rest), results = small_batch(), []
+    images = F.interpolate(images, 224) if student == "timm" else images
+    for checkpointing in (False, True):
+        distiller = new_distiller(tmp_path / "timm.json" if student == "timm" else student, ALL)
+        distiller.student.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(1)
+        sum(distiller(images, in_parts(tokens, 2), *rest).values()).backward()
+        results.append({name: p.grad for name, p in distiller.named_parameters()})
+    assert equal(*results) and len(results[0]) > 30
+
+
 def configuration(path, name):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(clipkd.STUDENTS[name]))
@@ -512,6 +589,11 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
+def hold(folder):
+    """As a run that is alive there."""
+    return clipkd.Run(argparse.Namespace(out=str(folder)), None, None, None)
+
+
 def student_weights(out):
     return safetensors.torch.load_file(Path(out) / "student/open_clip_model.safetensors")
 
@@ -522,7 +604,7 @@ def equal(a, b):
 
 def test_a_run_logs_every_loss_saves_and_ends_with_its_scores(run, world, tmp_path, capsys):
     log = run(zeroshot=f"letters={world}/classes", val_data=f"val={world}/pairs.tsv")
-    assert log[0]["args"]["epochs"] == 2 and log[0]["torch"] == torch.__version__
+    assert log[0]["args"]["epochs"] == 2 and log[0]["versions"][0] == torch.__version__
     steps = [line for line in log if "lr" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
@@ -580,7 +662,7 @@ def test_a_killed_or_terminated_process_loses_nothing_and_frees_its_folder(stop,
     log = again / "log.jsonl"
     wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 8, process)
     with pytest.raises(BadInput, match=f"--out {again}: .*another run is at work there.* give another --out"):
-        clipkd.lock(again)
+        hold(again)
     process.send_signal(number := signal.Signals[f"SIG{stop}"])
     code, *output = finish(process)
     step = torch.load(again / "checkpoint.pt")["step"]
@@ -595,7 +677,7 @@ def test_a_killed_or_terminated_process_loses_nothing_and_frees_its_folder(stop,
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_run_gives_back_folder_signals_and_threads(run, tmp_path):
-    first = clipkd.lock(tmp_path / "out")
+    first = hold(tmp_path / "out")
     with pytest.raises(BadInput, match=f"--out {tmp_path}/out: .*another run is at work there"):
         run()
     assert {path.name for path in (tmp_path / "out").iterdir()} <= {"lock"}
@@ -603,7 +685,7 @@ def test_a_second_run_in_a_folder_is_refused_and_a_run_gives_back_folder_signals
     handlers = [signal.getsignal(number) for number in clipkd.STOPS]
     assert len(totals(run())) == 6 and torch.get_num_threads() == 3 and len(handlers) == 3
     assert [signal.getsignal(number) for number in clipkd.STOPS] == handlers
-    torch.set_num_threads(1), clipkd.lock(tmp_path / "out").close()
+    torch.set_num_threads(1), hold(tmp_path / "out").close()
 
 
 def test_torchrun_restarts_after_a_process_died_and_ends_as_if_nothing_had_happened(run, world, tmp_path):
@@ -808,7 +890,12 @@ def save_odd_pictures(folder):
     return [*good, "moving.gif"], ["cut.jpg", "text.jpg", "empty.png", "huge.png", "missing.jpg"]
 
 
-def new_pairs(folder, lines, size=32, tokenizers=(list,)):
+def numbers(captions):
+    """A tokenizer: the last number in a caption, which is of one length."""
+    return torch.tensor([[int((re.findall(r"\d+", caption) or ["0"])[-1]), -1] for caption in captions])
+
+
+def new_pairs(folder, lines, size=32, tokenizers=(numbers,)):
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     (folder / "pairs.tsv").write_text("\n".join(["filepath\ttitle", *lines]))
     return clipkd.Pairs([str(folder / "pairs.tsv")], size, tokenizers, 0, folder)
@@ -819,7 +906,7 @@ def test_odd_pictures_are_read_and_broken_ones_give_way_and_are_counted(run, tmp
     rows = [f"{name}\tpicture {i}" for i, name in enumerate(good + bad + good[:1])]
     data, before = new_pairs(tmp_path, rows), torch.get_rng_state()
     images, (titles,), unread = data[[(0, i) for i in range(len(rows))]]
-    assert titles == [f"picture {i}" for i in [*range(len(good))] + [len(rows) - 1] * 6]
+    assert titles[:, 0].tolist() == [*range(len(good))] + [len(rows) - 1] * 6
     assert unread == sum(range(1, len(bad) + 1))
     assert (images[good.index("deep.png")] == 100).all()  # 25700 of 65535
     assert torch.equal(torch.get_rng_state(), before)  # it draws nothing from the generator of all
@@ -879,6 +966,19 @@ def test_mutated_files_lose_no_good_pair_and_crash_nothing(mutated, world, tmp_p
         assert not Counter(good) - Counter(found), seed
 
 
+def test_a_batch_is_sorted_by_the_length_of_its_captions_and_pictures_stay_with_them(tmp_path):
+    for i in range(9):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    lines = [f"{i}.png\t{i}" + " a" * (5 * i % 9) for i in range(9)]  # lengths 0, 5, 1, 6, 2, 7, 3, 8, 4
+    tokenizers = [open_clip.SimpleTokenizer(), open_clip.SimpleTokenizer(context_length=20)]
+    data = new_pairs(tmp_path, lines, 8, tokenizers)
+    images, (long, short), _ = data[[(0, i) for i in range(9)]]
+    assert long.argmax(1).tolist() == short.argmax(1).tolist() == [*range(2, 11)]  # start, number, words
+    order = [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert torch.equal(long, tokenizers[0]([lines[i].split("\t")[1] for i in order]))
+    assert images[:, 0, 0, 0].tolist() == [20 * i for i in order]
+
+
 def test_odd_captions_are_tokenised_in_no_time(tmp_path):
     odd = ["a" * 10**6, "\x00\x1b[31m\x7f", "\u732b \U0001f408 \u0642", "same", "same", "\ufffd" * 50, "<a>"]
     data = new_pairs(tmp_path, [f"a.png\t{text}" for text in odd], 8, [open_clip.get_tokenizer("ViT-B-32")])
@@ -896,7 +996,7 @@ def test_a_loader_is_handed_no_table_and_a_damaged_table_is_made_again(tmp_path)
         data.path.unlink()  # not in place: it is mapped
         data.path.write_bytes(content)
         clipkd.table.cache_clear()
-        again = clipkd.Pairs([str(tmp_path / "pairs.tsv")], 32, [list], 0, tmp_path)
+        again = clipkd.Pairs([str(tmp_path / "pairs.tsv")], 32, [numbers], 0, tmp_path)
         assert again.path == data.path and data.path.read_bytes() == whole
 
 
@@ -905,7 +1005,7 @@ def test_other_processes_take_the_table_of_process_0_whatever_the_times_of_their
     os.utime(tmp_path / "pairs.tsv", (1, 1))
     monkeypatch.setattr(clipkd, "RANK", 1)
     monkeypatch.setattr(clipkd, "from_process_0", lambda value=None: value or first.path)
-    second = clipkd.Pairs([str(tmp_path / "pairs.tsv")], 32, [list], 0, tmp_path)
+    second = clipkd.Pairs([str(tmp_path / "pairs.tsv")], 32, [numbers], 0, tmp_path)
     assert second.path == first.path and len(second) == 1 and len([*tmp_path.glob("*.npy")]) == 1
 
 
@@ -916,7 +1016,7 @@ def test_a_thousand_shards_need_no_thousand_open_files(world, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
     try:
-        data = clipkd.Pairs([str(tmp_path)], 32, [list], 0, tmp_path)
+        data = clipkd.Pairs([str(tmp_path)], 32, [numbers], 0, tmp_path)
         images, _, unread = data[[(0, i) for i in range(300)]]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -1211,6 +1311,43 @@ def measure(loss, n, d, repeats, pipe):
     pipe.send((float(np.median([run(rows) for _ in range(repeats)] or [first])), (peak - start) / 1024))
 
 
+def kept_for_backward(name, checkpointing, n=4):
+    """MiB a pair of what a student's forward pass keeps for its backward pass, float32, 77 tokens."""
+    student, sizes = load(name), {}
+    student.net.set_grad_checkpointing(checkpointing)
+    distiller = Distiller(student.net, student.dim, student.dim, {"clip": 1}).train()
+    weights = {p.untyped_storage().data_ptr() for p in distiller.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        values = distiller(torch.randn(n, 3, 224, 224), torch.full((n, 77), 49407))
+    del values
+    return sum(sizes.values()) / n / 2**20
+
+
+def seconds_a_step(mean_length, n=64, rounds=3):
+    """Median seconds of train_step, ViT-B-16 into ViT-T-16, on all tokens and without padding, in turn."""
+    student, teacher = load("ViT-T-16"), load("ViT-B-16")
+    lambdas, times = dict(zip(("clip", "crd", "fd", "icl"), (1, 1, 2000, 1))), ([], [])
+    model = Distiller(student.net, student.dim, teacher.dim, lambdas).train()
+    optimizer, random = clipkd.make_optimizer(model, 1e-3, 0.1), np.random.default_rng(0)
+    lengths = np.sort((3 + random.gamma(3, (mean_length - 3) / 3, n)).round().clip(3, 77).astype(int))
+    tokens = torch.zeros(n, 77, dtype=torch.long)
+    for row, length in zip(tokens, lengths):
+        row[:length], row[length - 1] = torch.randint(1, 49000, (int(length),)), 49407
+    images = torch.randint(256, (n, 3, 224, 224), dtype=torch.uint8)
+    for _ in range(rounds):
+        for spent, given in zip(times, (tokens, in_parts(tokens, min(4, 1 + n // 32)))):
+            begin = time.perf_counter()
+            clipkd.train_step(model, optimizer, lambdas, student, teacher, images, [given, given])
+            spent.append(time.perf_counter() - begin)
+    return (*map(np.median, times), lengths.mean())
+
+
 def benchmark():
     fork = torch.multiprocessing.get_context("fork")
 
@@ -1241,7 +1378,7 @@ def benchmark():
             noise = (noise + random.normal(0, 6, (384, 512, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(noise).save(f"{folder}/{i}.jpg", quality=85)
         Path(folder, "x.tsv").write_text("filepath\ttitle\n" + "".join(f"{i}.jpg\tx\n" for i in range(32)))
-        data = clipkd.Pairs([f"{folder}/x.tsv"], 224, [], 0, folder)
+        data = clipkd.Pairs([f"{folder}/x.tsv"], 224, [numbers], 0, folder)
         theirs = open_clip.image_transform(224, is_train=True)
         times = {"open_clip": [], "here": []}
         for name in [*times] * 9:
@@ -1251,6 +1388,16 @@ def benchmark():
             times[name].append((time.process_time() - begin) / 32)
     a, b = (np.median(times[name]) for name in ("open_clip", "here"))
     print(f"loading 512 x 384 JPEGs: open_clip {1 / a:.0f} pictures/s a core, here {1 / b:.0f}, {a / b:.2f}x")
+
+
+    torch.set_num_threads(clipkd.CORES)
+    print("| kept for backward, MiB a pair, float32 | plain | --grad-checkpointing |\n|---|---|---|")
+    for name in ("ViT-T-16", "ViT-B-16"):
+        print(f"| {name} | {kept_for_backward(name, False):.1f} | {kept_for_backward(name, True):.1f} |")
+    for mean in (12.6, 27):
+        plain, ours, length = seconds_a_step(mean)
+        print(f"a step, ViT-B-16 into ViT-T-16, N = 64, captions of {length:.1f} tokens on average:")
+        print(f"all 77 tokens {plain:.1f} s, without padding {ours:.1f} s, {plain / ours:.2f}x")
 
 
 if __name__ == "__main__":
