@@ -7,8 +7,8 @@
 Read it from the top: the flags, the method (Distiller), one training step and the loop. Then comes what they
 stand on: models, data, processes, evaluation, the run's folder; last the demo. The losses are in losses.py.
 
-A run writes into --out: log.jsonl (a JSON object a line: the command, then losses and scores), checkpoint.pt
-(the same command again resumes from it) and student/ (open_clip loads it as local-dir:out/student).
+A run writes into --out: log.jsonl (a JSON object a line), checkpoint.pt (the same command resumes from it) and
+student/ (open_clip loads it as local-dir:out/student).
 Shapes: n = pairs on this process, N = pairs in the whole batch, D_s, D_t = widths of embeddings, the rows.
 """
 
@@ -201,7 +201,7 @@ class Distiller(nn.Module):
 def clamp_scales(model):
     """Keep every 1/tau in [1, 100], as CLIP does; after each optimiser step."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 0 and parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
+        if parameter.numel() == 1 and parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
             parameter.clamp_(0, math.log(100))
 
 
@@ -317,6 +317,7 @@ def find_model(spec, frozen):
     name = name if name.endswith(".json") else name.replace("/", "-")  # the paper writes ViT-B/16
     if name in STUDENTS or name.endswith(".json"):
         config = STUDENTS.get(name) or json.loads(Path(name).read_text("utf-8"))
+        need({"embed_dim", "vision_cfg", "text_cfg"} <= {*config}, "needs embed_dim, vision_cfg and text_cfg")
         name = "clipkd-model"  # hides no name of open_clip
         with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from files only
             Path(folder, f"{name}.json").write_text(json.dumps(config))
@@ -325,13 +326,15 @@ def find_model(spec, frozen):
     need(name in near, f"unknown model; the nearest names are {', '.join(near)}; a folder is local-dir:DIR")
     tags = {t: open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)}
     tag, _, file = weights.rpartition("=")
-    tag, file = (tag, file) if tag in tags else (weights, weights)
-    there = file in tags or os.path.isfile(file) or not (file or frozen)
+    tag, file = (tag, file) if open_clip.get_pretrained_cfg(name, tag) else (weights, weights)
+    told = open_clip.get_pretrained_cfg(name, tag)  # {} if it is a file
+    there = os.path.isfile(file) or (told and file == weights) or not (file or frozen)
     need(there, f"no weights; give NAME:FILE or NAME:TAG, tags: {', '.join(tags) or 'none'}")
-    other = [t for t in tags if tags[t].get("quick_gelu") or tags[t]["mean"] != PreprocessCfg.mean]
-    if file and tag not in tags and other:  # a file does not say what it wants
-        say(f"warning: {spec}: read with GELU and OpenAI's pixels; for tag {other} write {name}:TAG={file}")
-    return name, file, tags.get(tag, {})
+    usual = {**vars(PreprocessCfg()), "quick_gelu": open_clip.get_model_config(name).get("quick_gelu", False)}
+    other = [t for t in tags if any(tags[t].get(key, value) != value for key, value in usual.items())]
+    if file and not told and other:  # a file does not say what it wants
+        say(f"warning: {spec}: pixels, activation are the usual; for those of {other[:4]} {name}:TAG={file}")
+    return name, file, told
 
 
 class OpenClip:
@@ -504,9 +507,7 @@ def open_picture(path, start=0, length=-1):
         return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
-@lru_cache(4)
-def table(path):
-    return np.load(path, "r")  # mapped from disk: processes and loaders share its memory
+table = lru_cache(4)(partial(np.load, mmap_mode="r"))  # from disk: processes and loaders share its memory
 
 
 class Pairs(Dataset):
@@ -568,7 +569,7 @@ class Pairs(Dataset):
         picture, caption = read_pair(self.sources[source], row)
         pixels = torch.from_numpy(np.array(open_picture(*picture))).permute(2, 0, 1)  # uint8: twice as fast
         with torch.random.fork_rng([]):  # get_params draws from torch's own generator
-            torch.manual_seed(hash((self.seed, epoch, index)))
+            torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # of the CPU alone, so quick
             crop = v2.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))  # y, x, h, w
         return v2.functional.resized_crop(pixels, *crop, self.size, v2.InterpolationMode.BICUBIC), caption
 
@@ -593,7 +594,7 @@ def setup():
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # what the hosts agree on does not wait for GPUs
         options = {"store": store, "rank": RANK, "world_size": WORLD, "device_id": device if gpus else None}
-        dist.init_process_group(backend, timeout=timedelta(days=1), **options)  # process 0 may scan for hours
+        dist.init_process_group(backend, timeout=timedelta(hours=3), **options)  # process 0 may scan long
     return device
 
 
@@ -701,7 +702,7 @@ class Run(contextlib.ExitStack):
         self.parts, self.signals, self.patient = {"model": distiller, "optimizer": optimizer}, [], True
         if RANK == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            with explain(f"--out {args.out}", "another run is at work there: end it, or give another --out"):
+            with explain(f"--out {args.out}", "another run is at work there? End it, or give another --out"):
                 lock = sqlite3.connect(self.out / "lock", timeout=0, isolation_level=None)
                 lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")  # until this process ends
             self.callback(lock.close)
@@ -725,8 +726,9 @@ class Run(contextlib.ExitStack):
             for key, value in recipe.items():
                 words = f"{path}: is of a run with {key} {before.get(key)}, this command has {value}"
                 need(before.get(key) == value, f"{words}; give the same flags, or another --out")
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
+            with explain(f"{path}: is of another student"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved[name])
             vars(self).update((name, saved[name]) for name in PROGRESS)
         self.begin = time.perf_counter() - self.seconds  # of the run, without the time that it was not there
         self.log = self.enter_context(open(self.out / "log.jsonl" if RANK == 0 else os.devnull, "a"))
@@ -737,7 +739,7 @@ class Run(contextlib.ExitStack):
         bar = tqdm(total=steps, desc=self.args.out, initial=self.step, unit="step", disable=RANK > 0)
         self.bar = self.enter_context(bar)
         for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
                 self.callback(signal.signal, number, signal.signal(number, self.on_signal))
 
     def write(self, **record):
@@ -832,8 +834,7 @@ def make_world(folder, seed):
     kinds = [*itertools.product(COLOURS, LETTERS)]
     hidden = [kind for i, kind in enumerate(kinds) if (i // 10 + 3 * i) % 5 == 0]  # 20 are never trained on
     every = [*itertools.product(COLOURS, LETTERS, SIZES, PLACES, GROUNDS)]  # 4000
-    seen = [row for row in every if row[:2] not in hidden]
-    unseen = [row for row in every if row[:2] in hidden]
+    seen, unseen = ([row for row in every if (row[:2] in hidden) == held_out] for held_out in (False, True))
     sets = {"teacher": (random.choice(seen, TEACHER_PAIRS), 0.6, 0)}
     sets["students"] = random.choice(seen, STUDENT_PAIRS), 0.6, 0.1
     sets["seen"] = random.permutation(seen)[:1000], 1, 0  # 1000 different captions
@@ -881,9 +882,8 @@ def demo(args, device):
 
 
 def main():
-    logging.disable(), logging.captureWarnings(True)  # of new students without weights, of odd pictures
-    args, scores = get_args(), {}
-    device = setup()
+    logging.disable(), logging.captureWarnings(True)  # new students have no weights, pictures are odd
+    args, scores, device = get_args(), {}, setup()
     if args.demo:
         demo(args, device)
     elif args.eval_only:

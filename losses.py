@@ -184,7 +184,7 @@ class Gather(torch.autograd.Function):
 
 def gather(x):
     """[n, D] -> [N, D] with a gradient, after torch.distributed.init_process_group; one process: x itself."""
-    return Gather.apply(x) if torch.distributed.is_initialized() else x
+    return Gather.apply(x) if torch.distributed.is_available() and torch.distributed.is_initialized() else x
 
 
 def blank_patches(images, ratio, grid=14):

@@ -464,13 +464,19 @@ def test_a_tag_gives_a_file_its_pixels_and_activation_and_an_export_has_them(tmp
         assert torch.equal(a, b) and not torch.allclose(a, c)
     load(f"tiny-4:{file}")
     warning = capsys.readouterr().err
-    assert f"tiny-4:{file}: read with" in warning and f"for tag ['odd'] write tiny-4:TAG={file}" in warning
+    assert f"tiny-4:{file}: pixels" in warning and f"for those of ['odd'] tiny-4:TAG={file}" in warning
+    assert clipkd.find_model("ViT-B-32:LAION2b-s34b-b79k", True)[2]["mean"]  # as open_clip takes it
 
 
 def test_a_json_named_like_a_built_in_model_does_not_change_that_model(tmp_path):
     before = open_clip.get_model_config("RN50")
     assert load(configuration(tmp_path / "RN50.json", "demo-vit")).dim == 48
     assert open_clip.get_model_config("RN50") == before
+    (tmp_path / "bad.json").write_text('{"embed_dim": 5}')
+    with pytest.raises(
+        BadInput, match="bad.json: cannot be loaded: needs embed_dim, vision_cfg and text_cfg"
+    ):
+        load(tmp_path / "bad.json")
 
 
 def test_a_tokenizer_that_can_be_saved_lies_beside_the_export(tmp_path):
@@ -651,7 +657,9 @@ def test_an_interrupted_run_continues_to_the_weights_of_an_uninterrupted_one(run
     assert (tmp_path / "out/log.jsonl").read_text() == before  # a finished run has nothing left to do
 
 
-@pytest.mark.parametrize("stop, data", [("KILL", "pairs.tsv"), ("TERM", "pairs.tar"), ("HUP", "pairs.tsv")])
+@pytest.mark.parametrize(
+    "stop, data", [("KILL", "pairs.tsv"), ("TERM", "pairs.tar"), ("HUP", "pairs.tsv"), ("INT", "pairs.tsv")]
+)
 def test_a_killed_or_terminated_process_loses_nothing_and_frees_its_folder(stop, data, run, world, tmp_path):
     shard(world, world / "pairs.tar")
     settings = {"epochs": 20, "save_every": 5, "eval_every": 10, "val_data": f"val={world}/pairs.tsv"}
@@ -674,6 +682,22 @@ def test_a_killed_or_terminated_process_loses_nothing_and_frees_its_folder(stop,
         line.update(dict.fromkeys(("seconds", "data_wait", "pairs_per_s")))
     assert whole[1:] == resumed[1:]
     assert equal(student_weights(tmp_path / "out"), student_weights(again))
+
+
+def test_an_evaluation_on_the_way_changes_nothing_and_a_signal_ends_it_at_once(
+    run, world, tmp_path, monkeypatch
+):
+    sets = {"val_data": f"val={world}/pairs.tsv", "student": "demo-student"}  # which has batch norm
+    plain, weights = run(**sets), student_weights(tmp_path / "out")
+    scored = run(**sets, eval_every=1, out=tmp_path / "scored")
+    assert totals(plain) == totals(scored) and equal(weights, student_weights(tmp_path / "scored"))
+    evaluate = clipkd.evaluate
+    monkeypatch.setattr(clipkd, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run(**sets, eval_every=1, out=tmp_path / "cut")
+    monkeypatch.setattr(clipkd, "evaluate", evaluate)
+    again = run(**sets, eval_every=1, out=tmp_path / "cut")
+    assert [line.get("eval") for line in again] == [line.get("eval") for line in scored]
 
 
 def test_a_second_run_in_a_folder_is_refused_and_a_run_gives_back_folder_signals_and_threads(run, tmp_path):
