@@ -7,8 +7,8 @@
 Read it from the top: the flags, the method (Distiller), one training step and the loop. Then comes what they
 stand on: models, data, processes, evaluation, the run's folder; last the demo. The losses are in losses.py.
 
-A run writes into --out: log.jsonl (a JSON object a line), checkpoint.pt (the same command resumes from it) and
-student/ (open_clip loads it as local-dir:out/student).
+A run writes into --out: log.jsonl (a JSON object a line), checkpoint.pt (the same command resumes from it),
+and student/ (open_clip loads it as local-dir:out/student).
 Shapes: n = pairs on this process, N = pairs in the whole batch, D_s, D_t = widths of embeddings, the rows.
 """
 
@@ -757,7 +757,7 @@ class Run(contextlib.ExitStack):
         for images, tokens, unread in loader:
             self.waited, self.skipped = self.waited + time.perf_counter() - begin, self.skipped + unread
             torch.manual_seed(hash((self.args.seed, self.step, RANK)))  # of the step: masks, stochastic depth
-            k = min(4, 1 + len(images) // 32)  # parts of the text towers' work; small ones would waste a GPU
+            k = min(1 + len(images) // 32, len((tokens[0].argmax(1) // 32).unique()))  # parts, no small ones
             move = partial(torch.Tensor.to, device=device, non_blocking=True)
             yield move(images), [[(move(p), int(p.argmax(1).max())) for p in t.chunk(k)] for t in tokens]
             begin = time.perf_counter()
