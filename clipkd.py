@@ -870,15 +870,15 @@ def demo(args, device):
     runs = {"teacher": {**alone, "student": args.teacher, "epochs": TEACHER_EPOCHS}}
     runs["teacher"]["train_data"] = [f"{root}/data/teacher.tsv"]
     runs |= {"student alone": alone, "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"}}
-    table = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |", "|---" * 7 + "|"]
+    report = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |", "|---" * 7 + "|"]
     for name, changes in runs.items():
         out = f"{root}/{re.sub('[^a-z]+', '-', name.lower())}"
         row = train(argparse.Namespace(**{**vars(args), **changes, "out": out}), device)
         a, b = row["eval"].values()  # seen, held-out
         cells = " | ".join(f"{x:.1f}" for x in (a["top-1"], b["top-1"], a["I2T R@1"], a["T2I R@1"]))
-        table.append(f"| {name} | {cells} | {row['parameters'] / 1e6:.1f} M | {row['seconds']:.0f} s |")
+        report.append(f"| {name} | {cells} | {row['parameters'] / 1e6:.1f} M | {row['seconds']:.0f} s |")
     if RANK == 0:
-        print("", *table, sep="\n")
+        print("", *report, sep="\n")
 
 
 def main():
