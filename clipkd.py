@@ -111,7 +111,7 @@ def get_args(argv=None):
     add("--warmup", type=int, metavar="STEPS", help="(10000, but at most a tenth of the run)")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", metavar="DIR", help="(out) its folder; a checkpoint there is continued")
-    add("--grad-checkpointing", action="store_true", help="less memory for the student, a fifth slower")
+    add("--grad-checkpointing", action="store_true", help="less memory, but the student is run forward twice")
     add("--seed", type=int, default=0, help="(0)")
     add("--log-every", type=int, default=50, metavar="STEPS", help="(50)")
     add("--save-every", type=int, metavar="STEPS", help="(an epoch) write checkpoint.pt, student/")
