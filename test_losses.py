@@ -1293,6 +1293,18 @@ def test_the_readmes_snippet_turns_coco_and_flickr_into_tsvs_of_the_same_pairs(t
         assert [path for (path,), _ in pairs] == [f"{tmp_path}/{folder}/{k % 3}.jpg" for k in range(6)]
 
 
+def test_a_notebook_alone_fetches_the_files_it_needs_and_all_ask_one_address(tmp_path):
+    notebooks = [json.loads(file.read_text("utf-8")) for file in ROOT.glob("notebooks/*.ipynb")]
+    cells = [notebook["cells"][1]["source"] for notebook in notebooks]
+    assert len({line for cell in cells for line in cell if line.startswith("REPO = ")}) == 1
+    for cell in cells:
+        code = "".join(line for line in cell if "%pip" not in line)
+        code = re.sub(r'https://[^"]+', ROOT.as_uri(), code)
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=folder)
+        assert {file.name for file in folder.iterdir()} == {"clipkd.py", "losses.py", "matplotlibrc"}
+
+
 # ---- Benchmarks: `python test_losses.py` prints ratios against named baselines, measured side by side. ----
 def gd_expanded(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
     """The baseline: the gradient for the keys as a sum over an N x D x N expansion, each direction alone."""
