@@ -1240,8 +1240,8 @@ def test_an_evaluation_on_two_and_three_processes_gives_the_digits_of_one(world,
     one = capsys.readouterr().out
     for processes in (2, 3):
         code, out, err = finish(start(*TORCHRUN[:-1], f"--nproc_per_node={processes}", SCRIPT, *words))
-        out = re.sub(r"\[Gloo\].*\n", "", out)  # torch 2.8 prints its connections
-        assert code == 0 and out == one and "letters: top-1" in one, err
+        assert code == 0 and out.endswith(one), err  # before it gloo of torch 2.8 prints its connections
+        assert one.count("letters: top-1") == out.count("letters: top-1") == 1
 
 
 def test_class_folders_named_by_number_or_wnid_are_imagenets_classes(tmp_path):
