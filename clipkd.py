@@ -1,21 +1,27 @@
-"""Distil a CLIP teacher into a small CLIP student with the losses of CLIP-KD (CVPR 2024, arXiv 2307.12732).
+"""Distil a large CLIP (the teacher) into a small one (the student) with the losses of CLIP-KD.
 
-    python clipkd.py                                                    # demo: a teacher and two students
-    torchrun --nproc_per_node=8 clipkd.py --train-data cc3m.tsv cc12m/  # the paper's recipe
-    python clipkd.py --eval-only --student local-dir:out/student --zeroshot imagenet/val --val-data coco.tsv
+    python clipkd.py                                               # a demo: two minutes on a CPU
+    python clipkd.py --train-data pairs.tsv                        # the paper's recipe, your pairs
+    torchrun --nproc_per_node=8 clipkd.py --train-data cc3m cc12m  # the paper's run on 8 GPUs
 
-Read it from the top: the flags, the method (Distiller), one training step and the loop. Then comes what they
-stand on: models, data, processes, evaluation, the run's folder; last the demo. The losses are in losses.py.
+The paper is Yang et al., CVPR 2024, https://arxiv.org/abs/2307.12732. Its losses are in losses.py.
 
-A run writes into --out: log.jsonl (a JSON object a line), checkpoint.pt (the same command resumes from it),
-and student/ (open_clip loads it as local-dir:out/student).
-Shapes: n = pairs on this process, N = pairs in the whole batch, D_s, D_t = widths of embeddings, the rows.
+How to read this file: the first 300 lines are the whole method, from what the student computes to
+the training loop. Each section after them begins with what it is for: flags, models, data,
+processes, evaluation, the folder of a run, the demo. You can skip it until you need it.
+
+A run writes into the folder --out. log.jsonl has one JSON object per line. checkpoint.pt is where
+the same command continues after a stop. student/ is a model that open_clip can load.
+
+Comments give shapes, like [n, D]; a single number has the shape []. n is the number of pairs that
+one process has of a batch, and N that of the whole batch. D_s and D_t are the widths of the
+student's and the teacher's embeddings. Images come from the loaders as squares of S x S pixels.
 """
 
 import argparse
-import contextlib
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -30,9 +36,12 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
-from multiprocessing.pool import Pool, ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -40,871 +49,1645 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from open_clip.model import convert_weights_to_lp
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import losses
-from losses import afd_loss, clip_loss, crd_loss, fd_loss, gather, gd_loss, icl_loss, mfd_loss
+import losses as kd
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
-LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")  # all but the first need a teacher
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-class BadInput(Exception):
-    """A mistake in a flag or a file. Its message is all the user sees: what is wrong, where, what to do."""
+# --------------------------------------------------------------------------------------------------
+# The method. losses.py explains the seven losses: clip (the task itself), crd, fd, mfd, gd, icl and
+# afd. Two things are not obvious. First, the softmax of a contrastive loss runs over the pairs of
+# all processes, so embeddings are gathered before they are compared. Second, fd, mfd, gd and icl
+# need the teacher's width. If the student has another one, linear layers project its embeddings.
 
 
-def need(condition, message):
-    if not condition:
-        raise BadInput(message)
+@dataclass
+class Batch:
+    """All that a loss may look at. Embeddings have unit length and are those of all processes."""
+
+    img_s: Tensor  # [N, D_s] the student's embeddings of the images
+    txt_s: Tensor  # [N, D_s] the student's embeddings of the captions
+    img_p: Tensor  # [N, D_t] img_s, projected to the teacher's width if a loss needs that
+    txt_p: Tensor  # [N, D_t] txt_s, in the same way
+    img_t: Tensor  # [N, D_t] the teacher's embeddings, which carry no gradient (None without one)
+    txt_t: Tensor  # [N, D_t]
+    scale_s: Tensor  # [] 1/temperature of the student, which is learned
+    scale_t: Tensor  # [] 1/temperature of the teacher
+    anchors: slice  # which of the N pairs this process brought
+    images: Tensor  # [n, 3, H, W] this process's images, preprocessed for the student
 
 
-@contextlib.contextmanager
-def explain(message, hint=""):
-    """Whatever fails inside ends as one line: message: reason; hint."""
-    try:
-        yield
-    except Exception as error:  # open_clip, Pillow and torch raise nearly anything on a bad file
-        reason = " ".join((str(error) or repr(error)).split())[:500]
-        raise BadInput("; ".join(filter(None, (f"{message}: {reason}", hint)))) from error
-
-
-# ---- Flags. With --train-data and no other flag it is the paper's recipe (Sec. 4.1); without it, the demo.
-def get_args(argv=None):
-    usage = "clipkd.py [--flag ...]   (without --train-data: a demo on pictures that it draws)"
-    parser = argparse.ArgumentParser(None, usage, __doc__.splitlines()[0], allow_abbrev=False)
-    # fmt: off
-    add = parser.add_argument_group("data").add_argument
-    add("--train-data", nargs="+", metavar="FILE", help="TSV, CSV (filepath, title), tars, folders of tars")
-    add("--val-data", nargs="+", default=[], metavar="[NAME=]FILE", help="retrieval: as --train-data")
-    add("--zeroshot", nargs="+", default=[], metavar="[NAME=]DIR", help="folders of class folders")
-    add("--workers", type=int, default=min(8, CORES // LOCAL_WORLD // 2), help="(half the cores, at most 8)")
-    forms = "NAME, NAME:TAG, NAME:FILE, NAME:TAG=FILE, local-dir:DIR, hf-hub:ORG/NAME, or a FILE.json"
-    add = parser.add_argument_group("models", forms).add_argument
-    add("--student", default="ViT-T-16", help="(ViT-T-16) also mobilevit_s, swin_tiny, resnet18, "
-        "mobilenetv3_small_100, efficientnet_b0; for 32 pixels: demo-student, demo-vit")
-    add("--teacher", default="ViT-B-16:laion400m_e32", help="(ViT-B-16:laion400m_e32)")
-    add = parser.add_argument_group("losses", "total = sum of lambda * loss; 0 = not computed").add_argument
-    add("--lambda-clip", type=float, default=1, help="(1) task loss, nats")
-    add("--lambda-crd", type=float, default=1, help="(1) contrastive relational distillation, nats")
-    add("--lambda-fd", type=float, default=2000, help="(2000) feature distillation; demo: 250")
-    add("--lambda-icl", type=float, default=1, help="(1) interactive contrastive learning, nats")
-    add("--lambda-mfd", type=float, default=0, help="(0) masked feature distillation; ablation: 2000")
-    add("--lambda-gd", type=float, default=0, help="(0) gradient distillation; ablation: 1e8 (N/1024)^2")
-    add("--lambda-afd", type=float, default=0, help="(0) augmented feature distillation, nats; ablation: 1")
-    add("--mask-ratio", type=float, default=0.75, help="(0.75) share of the patches that MFD hides")
-    add = parser.add_argument_group("optimiser: AdamW, linear warm-up, then cosine to 0").add_argument
-    add("--epochs", type=int, default=32, help="(32)")
-    add("--batch-size", type=int, default=1024, help="(1024) pairs a step, over all processes")
-    add("--lr", type=float, default=1e-3, help="(1e-3) peak learning rate")
-    add("--weight-decay", type=float, default=0.1, help="(0.1) not on biases, norms and scales")
-    add("--warmup", type=int, metavar="STEPS", help="(10000, but at most a tenth of the run)")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", default="out", metavar="DIR", help="(out) its folder; a checkpoint there is continued")
-    add("--grad-checkpointing", action="store_true", help="less memory, but the student is run forward twice")
-    add("--seed", type=int, default=0, help="(0)")
-    add("--log-every", type=int, default=50, metavar="STEPS", help="(50)")
-    add("--save-every", type=int, metavar="STEPS", help="(an epoch) write checkpoint.pt, student/")
-    add("--eval-every", type=int, default=1, metavar="EPOCHS", help="(1) 0 = only at the end")
-    add("--eval-only", action="store_true", help="score --student on --val-data and --zeroshot")
-    # fmt: on
-    args = parser.parse_args(argv)
-    if demo := not (args.train_data or args.eval_only):
-        parser.set_defaults(**DEMO)  # what the user typed still wins over the demo's own values
-    args = parser.parse_args(argv, argparse.Namespace(demo=demo))
-    for name, value in vars(args).items():
-        low = name in ("epochs", "batch_size", "log_every", "save_every")
-        high = 1 if name == "mask_ratio" else math.inf
-        if type(value) in (int, float) and not low <= value < high:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be a number in [{low:d}, {high})")
-    if args.batch_size % WORLD and not args.eval_only:
-        raise BadInput(f"--batch-size {args.batch_size}: over all processes, so a multiple of {WORLD}")
-    need(any(getattr(args, f"lambda_{name}") for name in LOSSES), "--lambda-*: all are 0; give one a weight")
-    if (args.eval_only or demo) and args.eval_only != bool(args.val_data + args.zeroshot):
-        raise BadInput("--val-data, --zeroshot: need --eval-only or --train-data; --eval-only needs them")
-    return args
-
-
-# ---- The method. Hard in it: the softmax of a contrastive loss runs over the pairs of all processes; and FD,
-# MFD, GD and ICL compare student and teacher coordinate by coordinate, so widths that differ are projected.
 class Distiller(nn.Module):
-    """The student and the few trainable parts its losses need. DDP wraps it: all is synchronised and saved.
+    """The student and the few trainable parts that its losses need.
 
-    student: a net of open_clip; lambdas: {loss: weight}; parts are built, losses computed where it is not 0.
-    Parts: proj_* if D_s != D_t, a Linear with bias on the raw student embedding, for FD, MFD, GD and ICL;
-    fuse_* for AFD; a log-scale each for ICL and AFD that starts at ln(1/0.07), where CLIP's own starts.
+    DDP wraps this module and not just the student, so that these parts are synchronised too.
+    A part exists only if a loss with a weight above 0 needs it.
+
+    To add a loss, write a subclass in a file of yours that begins with `from clipkd import *`, give
+    the loss a weight, and hand the subclass to train():
+
+        class WithCosine(Distiller):
+            needs_projection = Distiller.needs_projection | {"cosine"}
+
+            def compare(self, batch):
+                losses = super().compare(batch)
+                cosine = (batch.img_p * batch.img_t).sum(dim=1)  # [N]
+                losses["cosine"] = 1 - cosine[batch.anchors].mean()
+                return losses
+
+        args = get_args(["--train-data", "pairs.tsv"])
+        args.lambda_cosine = 10.0
+        train(args, setup(), WithCosine)
     """
 
-    def __init__(self, student, dim_s, dim_t, lambdas, mask_ratio=0.75):
+    needs_projection = {"fd", "mfd", "gd", "icl"}  # losses that use img_p and txt_p
+    needs_scale = {"clip", "crd", "gd"}  # losses that use scale_s
+
+    def __init__(self, student_net, dim_s, dim_t, lambdas, mask_ratio=0.75):
         super().__init__()
-        self.student, self.mask_ratio = student, mask_ratio
-        self.on = on = [name for name in LOSSES if lambdas.get(name, 0) > 0]
-        self.project = dim_s != dim_t and not {"fd", "mfd", "gd", "icl"}.isdisjoint(on)
+        self.student_net = student_net  # a model of open_clip
+        self.mask_ratio = mask_ratio
+        self.active = {name for name, weight in lambdas.items() if weight > 0}
+
+        self.project = dim_s != dim_t and bool(self.active & self.needs_projection)
         if self.project:
-            self.proj_img, self.proj_txt = nn.Linear(dim_s, dim_t), nn.Linear(dim_s, dim_t)
-        if "icl" in on:
-            self.icl_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if "afd" in on:
-            self.fuse_img, self.fuse_txt = nn.Linear(dim_s + dim_t, dim_s), nn.Linear(dim_s + dim_t, dim_s)
+            self.proj_img = nn.Linear(dim_s, dim_t)
+            self.proj_txt = nn.Linear(dim_s, dim_t)
+        if "icl" in self.active:
+            self.icl_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's own
+        if "afd" in self.active:
+            self.fuse_img = nn.Linear(dim_s + dim_t, dim_s)
+            self.fuse_txt = nn.Linear(dim_s + dim_t, dim_s)
             self.afd_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        student.logit_scale.requires_grad_(bool({"clip", "crd", "gd"} & {*on}))  # DDP: no idle parameters
+
+        # DDP expects a gradient for every trainable parameter, so an unused scale is frozen.
+        student_net.logit_scale.requires_grad_(bool(self.active & self.needs_scale))
 
     def forward(self, images, tokens, img_t=None, txt_t=None, scale_t=None):
-        """Normalised images [n, 3, H, W], tokens [n, context], the teacher's unit rows [n, D_t] and 1/tau ->
-        {loss: its value [], unweighted, of the pairs of this process}."""
+        """Returns {name: loss}, each [] and without its weight.
+
+        images: [n, 3, H, W], preprocessed for the student
+        tokens: their captions, as a list of tensors [n_i, length_i] that together have n rows
+        img_t, txt_t, scale_t: the teacher's embeddings [n, D_t] and its 1/temperature []
+        """
+        # 1. Encode. A GPU does this in bfloat16. What follows is in float32.
         with autocast(images.device):
-            x, y = self.student.encode_image(images), encode_text(self.student, tokens)  # raw [n, D_s]
-            m = self.encode_masked(images) if "mfd" in self.on else x  # else not used
-        x, y, m = (e.to(self.student.logit_scale.dtype) for e in (x, y, m))  # bfloat16 ends here
-        img_s, txt_s = img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_s]; _p: projected
+            img = self.student_net.encode_image(images)  # [n, D_s], not yet of unit length
+            txt = encode_text(self.student_net, tokens)
+        scale_s = self.student_net.logit_scale.exp()
+        img = img.to(scale_s.dtype)
+        txt = txt.to(scale_s.dtype)
+
+        # 2. Gather. Every process gets the embeddings of all processes, in the same order.
+        img_s = kd.gather(normalize(img))  # [N, D_s]
+        txt_s = kd.gather(normalize(txt))
+        img_p, txt_p = img_s, txt_s
         if self.project:
-            x, y, m = self.proj_img(x), self.proj_txt(y), self.proj_img(m)
-            img_p, txt_p = gather(normalize(x)), gather(normalize(y))  # [N, D_t]
+            img_p = kd.gather(normalize(self.proj_img(img)))  # [N, D_t]
+            txt_p = kd.gather(normalize(self.proj_txt(txt)))
         if img_t is not None:
-            img_t, txt_t = gather(img_t), gather(txt_t)  # [N, D_t]
-        own = slice(RANK * len(x), RANK * len(x) + len(x))  # anchors this process answers for; GD takes all
-        scale = self.student.logit_scale.exp()  # 1/tau
-        compute = {  # called for those that are on
-            "clip": lambda: clip_loss(img_s, txt_s, scale, own),
-            "crd": lambda: crd_loss(img_s, txt_s, img_t, txt_t, scale, scale_t, own),
-            "fd": lambda: fd_loss(img_p[own], txt_p[own], img_t[own], txt_t[own]),
-            "mfd": lambda: mfd_loss(normalize(m), txt_p[own], img_t[own], txt_t[own]),
-            "gd": lambda: gd_loss(img_p, txt_p, img_t, txt_t, scale, scale_t),
-            "icl": lambda: icl_loss(img_p, txt_p, img_t, txt_t, self.icl_log_scale.exp(), own),
-            "afd": lambda: afd_loss(
-                img_s, txt_s, img_t, txt_t, self.fuse_img, self.fuse_txt, self.afd_log_scale.exp(), own
-            ),
-        }
-        return {name: compute[name]() for name in self.on}
+            img_t = kd.gather(img_t)  # [N, D_t]
+            txt_t = kd.gather(txt_t)
 
-    def encode_masked(self, images):
-        """Raw embedding [n, D_s] of images without mask_ratio of the patches, for MFD (Eq. 12): dropped from
-        the sequence of a ViT, as in MAE, blanked for any other image tower."""
-        tower, ratio = self.student.visual, self.mask_ratio
-        if not isinstance(tower, VisionTransformer):
-            return self.student.encode_image(losses.blank_patches(images, ratio))
-        with tower.patch_dropout.register_forward_hook(lambda _, args, x: losses.drop_patches(x, ratio)):
-            return self.student.encode_image(images)  # (a GPU would wait for open_clip's own PatchDropout)
+        # 3. Compare. clip, crd, icl and afd make N x N logits. For them each process answers only
+        # for its own pairs, the anchors, so it computes n x N of them. Every process computes the
+        # other losses whole. Either way the mean over the processes is the loss of the batch.
+        first = RANK * len(images)  # RANK is the number of this process
+        anchors = slice(first, first + len(images))
+        batch = Batch(img_s, txt_s, img_p, txt_p, img_t, txt_t, scale_s, scale_t, anchors, images)
+        return self.compare(batch)
+
+    def compare(self, batch):
+        """Returns {name: loss} for the losses that have a weight above 0."""
+        img_s, txt_s = batch.img_s, batch.txt_s
+        img_p, txt_p = batch.img_p, batch.txt_p
+        img_t, txt_t = batch.img_t, batch.txt_t
+        scale_s, scale_t = batch.scale_s, batch.scale_t
+        anchors = batch.anchors
+        losses = {}
+        if "clip" in self.active:
+            losses["clip"] = kd.clip_loss(img_s, txt_s, scale_s, anchors)
+        if "crd" in self.active:
+            losses["crd"] = kd.crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, anchors)
+        if "fd" in self.active:
+            losses["fd"] = kd.fd_loss(img_p, txt_p, img_t, txt_t)
+        if "mfd" in self.active:
+            # one more pass of the student, which sees only a part of each image: [n, D_s]
+            img_m = encode_masked(self.student_net, batch.images, self.mask_ratio)
+            img_m = img_m.to(scale_s.dtype)
+            if self.project:
+                img_m = self.proj_img(img_m)  # [n, D_t]
+            losses["mfd"] = kd.mfd_loss(kd.gather(normalize(img_m)), txt_p, img_t, txt_t)
+        if "gd" in self.active:
+            losses["gd"] = kd.gd_loss(img_p, txt_p, img_t, txt_t, scale_s, scale_t)
+        if "icl" in self.active:
+            scale = self.icl_log_scale.exp()
+            losses["icl"] = kd.icl_loss(img_p, txt_p, img_t, txt_t, scale, anchors)
+        if "afd" in self.active:
+            scale = self.afd_log_scale.exp()
+            losses["afd"] = kd.afd_loss(
+                img_s, txt_s, img_t, txt_t, self.fuse_img, self.fuse_txt, scale, anchors
+            )
+        return losses
 
 
-@torch.no_grad()
-def clamp_scales(model):
-    """Keep every 1/tau in [1, 100], as CLIP does; after each optimiser step."""
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 1 and parameter.requires_grad and name.endswith(("logit_scale", "log_scale")):
-            parameter.clamp_(0, math.log(100))
+# --------------------------------------------------------------------------------------------------
+# Training. A run of days will be interrupted, and it should end where it would have ended anyway.
+# So random draws do not depend on those before them. Each has a seed of its own: a hash of integers
+# that say for which step or which pair it is. (Such a hash is the same in every process.)
+
+SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")  # ends of parameters' names
 
 
-# ---- Training. Hard in it: a run of days must end, to the bit, where it would have ended had nothing stopped
-# it. So what is random depends on (seed, step, rank), a step that has begun is ended, checkpoints are whole.
+def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t):
+    """One step, which never waits for the GPU. Returns {name: loss} and their weighted "total".
+
+    model: the Distiller, or DDP around it
+    student, teacher: of class OpenClip; teacher is None if only the task loss is used
+    images: uint8 [n, 3, S, S]; tokens_s, tokens_t: their captions for student and teacher
+    """
+    images_s = student.preprocess(images)
+    if teacher is None:
+        losses = model(images_s, tokens_s)
+    else:
+        img_t, txt_t, scale_t = teacher.embed(images, tokens_t)
+        losses = model(images_s, tokens_s, img_t, txt_t, scale_t)
+    total = sum(lambdas[name] * loss for name, loss in losses.items())
+
+    optimizer.zero_grad()
+    total.backward()  # DDP averages the gradients of the processes here
+    optimizer.step()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(SCALES) and parameter.requires_grad:
+                parameter.clamp_(0, math.log(100))  # 1/temperature stays in [1, 100], as in CLIP
+    return {**losses, "total": total}
+
+
+def train(args, device, distiller_class=Distiller):
+    """Train the student, or continue from its checkpoint. Returns the last evaluation's record."""
+    # 1. What there is to learn from. Wrong paths show here, before the models are loaded.
+    files = find_files(args.train_data)
+    zeroshot, retrieval = read_evaluations(args)
+
+    # 2. Models
+    lambdas = get_lambdas(args)
+    student, teacher = load_models(args, lambdas, device)
+    dim_t = teacher.dim if teacher else student.dim
+    distiller = distiller_class(student.net, student.dim, dim_t, lambdas, args.mask_ratio)
+    model = distiller.to(device)  # it trains student.net itself, not a copy
+    optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
+    if WORLD > 1:
+        is_extended = distiller_class is not Distiller  # and may leave one of its parts unused
+        model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=is_extended)
+
+    with locked(args.out) as out:
+        # 3. Data, and how far this run has come already
+        pairs = Pairs(files, student, teacher, args.seed, out / "index")
+        steps_per_epoch = count_steps(pairs, args.batch_size)
+        steps = args.epochs * steps_per_epoch
+        eval_every = args.eval_every * steps_per_epoch  # in steps
+        recipe = get_recipe(args, len(pairs))
+        progress, result, log_size = load_checkpoint(out, recipe, distiller, optimizer)
+        begin = progress["step"]
+        log = Log(out / "log.jsonl", log_size, args)
+        loader = load_batches(pairs, args, begin, steps, device)
+        bar = tqdm(loader, args.out, total=steps, initial=begin, disable=HIDE_BAR)
+        started = time.time() - progress["seconds"]  # as if the run had never been interrupted
+        waiting_since = time.time()
+        problems = []
+
+        # 4. The loop
+        for step, batch in enumerate(bar, start=begin):
+            progress["data_wait"] += time.time() - waiting_since
+            images, tokens_s, tokens_t, unreadable = move(batch, device)
+            problems += unreadable
+            lr = lr_at(step, steps, args.warmup, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(hash((args.seed, step, RANK)))  # for MFD's masks and dropout
+            losses = train_step(
+                model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t
+            )
+
+            # Once in a while: log, evaluate, save. What is evaluated is also saved.
+            progress["step"] = done = step + 1
+            progress["seconds"] = time.time() - started
+            evaluating = done == steps or (eval_every > 0 and done % eval_every == 0)
+            saving = done % args.save_every == 0 or evaluating
+            if done % args.log_every == 0 or saving:
+                means = mean_over_processes(losses)  # this waits for the GPU
+                check_finite(means, distiller, done)
+                progress["skipped"] += sum_over_processes(len(problems))
+                speed = done * args.batch_size / progress["seconds"]
+                scale = student.net.logit_scale.exp().item()
+                log.write({**progress, **means, "lr": lr, "scale": scale, "pairs_per_s": speed})
+                show(bar, done, steps, means["total"], progress["skipped"], problems)
+                problems = []
+            if evaluating:
+                scores = evaluate(student, zeroshot, retrieval, args.workers)
+                parameters = sum(p.numel() for p in student.net.parameters())
+                result = log.write({**progress, "eval": scores, "parameters": parameters})
+            if saving:
+                student.export(out / "student")
+                save_checkpoint(out, recipe, distiller, optimizer, progress, result, log)
+            waiting_since = time.time()
+    return result
+
+
+def load_models(args, lambdas, device):
+    """The student in training mode, and the teacher, which is None if no loss needs one."""
+    torch.manual_seed(args.seed)  # a seed gives the student the same first weights
+    student = OpenClip(args.student, args.student_pretrained, device)
+    teacher = None
+    if args.keep_teacher_text or any(lambdas[name] for name in lambdas if name != "clip"):
+        teacher = OpenClip(args.teacher, args.teacher_pretrained, device, frozen=True)
+    student.net.train()
+    if args.keep_teacher_text:
+        student = with_text_tower_of(teacher, student)
+    if args.grad_checkpointing:
+        student.checkpoint_gradients()
+    if teacher and has_bfloat16(device):
+        # Autocast would cast these weights to bfloat16 anew in every step. The text tower stays in
+        # float32, since its sum of residuals would lose precision.
+        convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
+    return student, teacher
+
+
 def make_optimizer(distiller, lr, weight_decay):
-    """AdamW; no decay on biases, norms and scales; betas and eps by family, as in the authors' scripts."""
-    decayed, plain = [], []
-    for name, p in distiller.named_parameters():
-        if p.requires_grad:
-            (plain if p.ndim < 2 or "bias" in name else decayed).append(p)  # Swin has biases of 2 axes
-    tower = distiller.student.visual
-    trunk = getattr(tower, "trunk", None)  # of timm
-    vit = "vit" in trunk.default_cfg["architecture"] if trunk else isinstance(tower, VisionTransformer)
-    betas, eps = ((0.9, 0.98), 1e-6) if vit else ((0.9, 0.999), 1e-8)  # mobilevit is of the first, too
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    """AdamW. Biases, norms and scales are not decayed."""
+    decayed, not_decayed = [], []
+    for name, parameter in distiller.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or "bias" in name:  # Swin has biases that are matrices
+            not_decayed.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]
+
+    # The authors' scripts use one setting for ViTs (and MobileViT), another for everything else.
+    image_tower = distiller.student_net.visual
+    is_vit = isinstance(image_tower, VisionTransformer)
+    if hasattr(image_tower, "trunk"):  # an image tower from timm
+        is_vit = "vit" in image_tower.trunk.default_cfg["architecture"]
+    if is_vit:
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def lr_at(step, steps, warmup, peak):
-    """Learning rate of step 0..steps-1: linear to the peak over `warmup` steps, then half a cosine to 0."""
+    """The learning rate of a step: a linear rise to the peak, then half a cosine down to 0.
+
+    The rise takes `warmup` steps, but at most a tenth of all.
+    """
+    warmup = min(warmup, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+    progress = (step - warmup) / (steps - warmup)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(model, optimizer, lambdas, student, teacher, images, tokens):
-    """One step on uint8 images [n, 3, S, S] and tokens (see encode_text) for the student, then the teacher.
-    Returns {loss: its value [], unweighted} and the weighted "total", and waits for no GPU."""
-    from_teacher = teacher.teach(images, tokens[-1]) if teacher else ()  # unit rows [n, D_t] twice, 1/tau
-    values = model(student.normalise(images), tokens[0], *from_teacher)
-    total = sum(lambdas[name] * value for name, value in values.items())
-    optimizer.zero_grad()
-    total.backward()  # DDP averages the gradients of all processes here
-    optimizer.step()
-    clamp_scales(model)
-    return {**values, "total": total}
+# --------------------------------------------------------------------------------------------------
+# Flags. Their defaults are the paper's recipe (Sec. 4.1). Without --train-data the demo runs, which
+# has a few defaults of its own.
+
+LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
 
 
-def train(args, device):
-    """Train --student, or go on where its checkpoint is; returns the last record of log.jsonl with scores."""
-    list(map(list, map(sources, args.train_data)))  # a wrong path is told before the models are loaded
-    torch.manual_seed(args.seed)  # the same start on every process
-    lambdas = {name: getattr(args, f"lambda_{name}") for name in LOSSES}
-    student, teacher = OpenClip(args.student, "--student", device), None
-    if any(lambdas[name] for name in LOSSES[1:]):
-        teacher = OpenClip(args.teacher, "--teacher", device, frozen=True)
-    student.net.set_grad_checkpointing(args.grad_checkpointing)
-    both = [student, teacher] if teacher else [student]  # so [-1] is the teacher, if there is one
-    distiller = Distiller(student.net, student.dim, both[-1].dim, lambdas, args.mask_ratio).to(device).train()
-    optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
-    zeroshot, retrieval = read_evaluations(args)
-
-    with Run(args, student, distiller, optimizer) as run:
-        size, tokenizers = max(model.size for model in both), [model.tokenizer for model in both]
-        pairs = Pairs(args.train_data, size, tokenizers, args.seed, run.out / "scans")
-        per_epoch = len(pairs) // args.batch_size  # pairs that fill no batch wait for another permutation
-        need(per_epoch, f"--batch-size {args.batch_size}: more than the {len(pairs)} pairs of --train-data")
-        steps = args.epochs * per_epoch
-        warmup = min(10_000, steps // 10) if args.warmup is None else args.warmup
-        run.resume(len(pairs), teacher, steps, per_epoch)
-        batches = run.batches(pairs, steps, device)
-        save_every, score_every = args.save_every or per_epoch, args.eval_every * per_epoch or steps
-        model = nn.parallel.DistributedDataParallel(distiller) if WORLD > 1 else distiller
-        while True:
-            due = run.step and (run.step == steps or run.step % score_every == 0)
-            if due and run.result.get("step") != run.step:  # also one that a kill cut off
-                run.patient = False  # all is saved: a signal ends it at once
-                scores = evaluate(student, zeroshot, retrieval, args.workers, teacher)
-                distiller.train()  # evaluate leaves the student in evaluation mode
-                run.patient, count = True, sum(p.numel() for p in student.net.parameters())
-                run.result = run.write(eval=scores, parameters=count)
-                run.save()
-            if run.step == steps:
-                return run.result
-            for group in optimizer.param_groups:
-                group["lr"] = lr = lr_at(run.step, steps, warmup, args.lr)
-            values = train_step(model, optimizer, lambdas, student, teacher, *next(batches))
-            stop = run.end_step()
-            if run.step % args.log_every == 0 or run.step == steps:
-                run.log_losses(values, lr=lr, scale=student.net.logit_scale.exp().item())
-            if stop or run.step == steps or 0 in (run.step % save_every, run.step % score_every):
-                run.save(values, stop)
+class BadInput(Exception):
+    """A mistake in a flag or a file. The user sees its message as one line, without a traceback."""
 
 
-# ---- Models, all from open_clip. Hard in it: with another mean and std of the pixels, another activation or
-# another tokenizer the same weights compute something else, and a file of weights says nothing of them.
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its usage too, from every process
+        raise BadInput(f"{message}; --help explains the flags")
+
+
+def count(text):
+    """The type of flags that are whole numbers from 1 on."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def get_args(argv=None):
+    about = "Distil a CLIP model. Without --train-data it runs a demo on images that it draws."
+    parser = Parser("clipkd.py", "clipkd.py [--flag value ...]", about, allow_abbrev=False)
+    # fmt: off
+    add = parser.add_argument_group("data").add_argument
+    add("--train-data", nargs="+", help="TSV or CSV (filepath, title), tars, folders of tars")
+    add("--val-data", nargs="+", default=[], help="score retrieval on these; [NAME=]FILE")
+    add("--zeroshot", nargs="+", default=[], help="score these folders of classes; [NAME=]FOLDER")
+    add("--workers", type=int, help="processes that load data (all cores but one; on a CPU half)")
+    names = "names and tags of open_clip; also local-dir:DIR, hf-hub:ORG/NAME, FILE.json"
+    add = parser.add_argument_group("models", names).add_argument
+    add("--student", default="ViT-T-16", help="of open_clip, or one of the paper's: ViT-T-16, "
+        "mobilevit_s, swin_tiny, resnet18, mobilenetv3_small_100, efficientnet_b0 (%(default)s)")
+    add("--student-pretrained", help="begin with these weights (a tag or a file), not from scratch")
+    add("--teacher", default="ViT-B-16", help="(%(default)s)")
+    add("--teacher-pretrained", default="laion400m_e32", help="a tag or a file (%(default)s)")
+    add("--keep-teacher-text", action="store_true",
+        help="train an image tower alone, beside the teacher's text tower")
+    total = "the total is the sum of lambda * loss, and 0 switches a loss off"
+    add = parser.add_argument_group("losses", total).add_argument
+    add("--lambda-clip", type=float, default=1, help="the task itself (%(default)s)")
+    add("--lambda-crd", type=float, default=1, help="contrastive relations (%(default)s)")
+    add("--lambda-fd", type=float, default=2000, help="features (%(default)s; demo: 250)")
+    add("--lambda-icl", type=float, default=1, help="interactive contrast (%(default)s)")
+    add("--lambda-mfd", type=float, default=0, help="masked features (%(default)s; paper: 2000)")
+    add("--lambda-gd", type=float, default=0, help="gradients (%(default)s; paper: 1e8)")
+    add("--lambda-afd", type=float, default=0, help="augmented features (%(default)s; try 1)")
+    add("--mask-ratio", type=float, default=0.75, help="what MFD hides of an image (%(default)s)")
+    add = parser.add_argument_group("optimiser: AdamW with warm-up, then a cosine").add_argument
+    add("--epochs", type=count, default=32, help="(%(default)s)")
+    add("--batch-size", type=count, default=1024, help="over all processes (%(default)s)")
+    add("--lr", type=float, default=1e-3, help="its peak (%(default)s)")
+    add("--weight-decay", type=float, default=0.1, help="not of biases and norms (%(default)s)")
+    add("--warmup", type=int, default=10_000, help="steps, at most a tenth of all (%(default)s)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="out", help="its folder; a checkpoint there is continued (%(default)s)")
+    add("--seed", type=int, default=0, help="(%(default)s)")
+    add("--log-every", type=count, default=50, help="steps (%(default)s)")
+    add("--save-every", type=count, default=1000, help="steps; also at evaluations (%(default)s)")
+    add("--eval-every", type=int, default=1, help="epochs; 0 is only at the end (%(default)s)")
+    add("--eval-only", action="store_true", help="score --student and do nothing else")
+    add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
+    # fmt: on
+    args = parser.parse_args(argv)
+    args.demo = not (args.train_data or args.eval_only)
+    if args.demo:
+        # Parse again with the demo's defaults. The flags that you gave keep their values.
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv, argparse.Namespace(demo=True))
+    if args.workers is None:
+        args.workers = available_cores() // 2
+        if torch.cuda.is_available():
+            args.workers = max(1, available_cores() - 1)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Raises BadInput for flags that do not go together."""
+    evaluates = bool(args.val_data or args.zeroshot)
+    if evaluates and args.demo:
+        raise BadInput("--val-data and --zeroshot need --train-data, or --eval-only")
+    if args.eval_only and not evaluates:
+        raise BadInput("--eval-only needs --val-data or --zeroshot")
+    if args.eval_only:
+        return
+    if args.batch_size % WORLD or args.batch_size < 2:
+        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {WORLD} from 2 on")
+    weights = get_lambdas(args).values()
+    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise BadInput("--lambda-*: must be numbers from 0 on, and one of them more than 0")
+    if not 0 <= args.mask_ratio < 1:
+        raise BadInput(f"--mask-ratio {args.mask_ratio}: must be at least 0 and less than 1")
+    if args.keep_teacher_text and (args.student_pretrained or ":" in args.student):
+        raise BadInput("--keep-teacher-text: needs a --student without weights of its own")
+
+
+def get_lambdas(args):
+    """{loss: weight}, also of a loss that a notebook has added as args.lambda_NAME."""
+    flags = vars(args).items()
+    return {name[len("lambda_") :]: value for name, value in flags if name.startswith("lambda_")}
+
+
+def available_cores():
+    """The cores for this process. In a container they can be fewer than the machine's."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, cores // LOCAL_WORLD)
+
+
+# --------------------------------------------------------------------------------------------------
+# Models. open_clip builds, loads and tokenizes. This section adds what distillation needs: the
+# paper's students, preprocessing on the device, captions without their padding, masked images.
+
+
 def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77):
-    text = {"context_length": context, "vocab_size": 49408, "width": width, "heads": heads, "layers": layers}
+    """An architecture in the format of open_clip's JSON files."""
+    text = {"context_length": context, "vocab_size": 49408}
+    text.update(width=width, heads=heads, layers=layers)
     return {"embed_dim": embed_dim, "vision_cfg": {"image_size": 224, **vision}, "text_cfg": text}
 
 
-STUDENTS = {  # of the paper's students (Table 2) open_clip lacks these six; they share one text tower
-    "ViT-T-16": clip_config({"layers": 12, "width": 192, "patch_size": 16}),  # 3 heads of 64
-    "swin_tiny": clip_config({"timm_model_name": "swin_tiny_patch4_window7_224", "timm_pool": ""}),
-    # timm's last layer is the projection: open_clip's would expect 576 inputs where timm now gives 1024
-    "mobilenetv3_small_100": clip_config({"timm_model_name": "mobilenetv3_small_100", "timm_proj": ""}),
-    "mobilevit_s": clip_config({"timm_model_name": "mobilevit_s", "timm_pool": ""}),
-    "efficientnet_b0": clip_config({"timm_model_name": "efficientnet_b0", "timm_pool": ""}),
-    "resnet18": clip_config({"timm_model_name": "resnet18", "timm_pool": ""}),
-    # for the demo: 32 x 32 pixels, 20 tokens
-    "demo-teacher": clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 12}, 64, 64, 2, 1, 20),
-    "demo-student": clip_config({"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}, 64, 32, 2, 1, 20),
-    "demo-vit": clip_config({"image_size": 32, "layers": 2, "width": 64, "patch_size": 4}, 48, 32, 2, 1, 20),
+def timm_config(name, **options):
+    return clip_config({"timm_model_name": name, **options})
+
+
+def demo_config(vision, embed_dim, width):
+    return clip_config({"image_size": 32, **vision}, embed_dim, width, 2, 1, context=20)
+
+
+# open_clip lacks these six of the paper's students (Table 2). They share one text tower.
+STUDENTS = {
+    "ViT-T-16": clip_config({"layers": 12, "width": 192, "patch_size": 16}),  # 192 is 3 heads of 64
+    "swin_tiny": timm_config("swin_tiny_patch4_window7_224", timm_pool=""),
+    # Here timm's own last layer serves as the projection. open_clip's would expect 576 inputs, but
+    # timm's tower gives 1024.
+    "mobilenetv3_small_100": timm_config("mobilenetv3_small_100", timm_proj=""),
+    "mobilevit_s": timm_config("mobilevit_s", timm_pool=""),
+    "efficientnet_b0": timm_config("efficientnet_b0", timm_pool=""),
+    "resnet18": timm_config("resnet18", timm_pool=""),
+    # These are for the demo, with images of 32 x 32 pixels and captions of up to 20 tokens.
+    "demo-teacher": demo_config({"layers": [1, 1, 1, 1], "width": 12}, 64, 64),
+    "demo-student": demo_config({"layers": [1, 1, 1, 1], "width": 8}, 64, 32),
+    "demo-vit": demo_config({"layers": 2, "width": 64, "patch_size": 4}, 48, 32),
 }
 
 
-def find_model(spec, frozen):
-    """(open_clip's name, a tag or a file of weights, what the tag tells) of any form that --help lists."""
-    if spec.startswith(("local-dir:", "hf-hub:")):
-        return spec, None, {}
-    name, _, weights = spec.partition(":")
-    name = name if name.endswith(".json") else name.replace("/", "-")  # the paper writes ViT-B/16
-    if name in STUDENTS or name.endswith(".json"):
-        config = STUDENTS.get(name) or json.loads(Path(name).read_text("utf-8"))
-        need({"embed_dim", "vision_cfg", "text_cfg"} <= {*config}, "needs embed_dim, vision_cfg and text_cfg")
-        name = "clipkd-model"  # hides no name of open_clip
-        with tempfile.TemporaryDirectory() as folder:  # open_clip takes new architectures from files only
-            Path(folder, f"{name}.json").write_text(json.dumps(config))
-            open_clip.add_model_config(folder)
-    near = difflib.get_close_matches(name, [*open_clip.list_models(), *STUDENTS], 3, 0.3)  # itself, if known
-    need(name in near, f"unknown model; the nearest names are {', '.join(near)}; a folder is local-dir:DIR")
-    tags = {t: open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)}
-    tag, _, file = weights.rpartition("=")
-    tag, file = (tag, file) if open_clip.get_pretrained_cfg(name, tag) else (weights, weights)
-    told = open_clip.get_pretrained_cfg(name, tag)  # {} if it is a file
-    there = os.path.isfile(file) or (told and file == weights) or not (file or frozen)
-    need(there, f"no weights; give NAME:FILE or NAME:TAG, tags: {', '.join(tags) or 'none'}")
-    usual = {**vars(PreprocessCfg()), "quick_gelu": open_clip.get_model_config(name).get("quick_gelu", False)}
-    other = [t for t in tags if any(tags[t].get(key, value) != value for key, value in usual.items())]
-    if file and not told and other:  # a file does not say what it wants
-        say(f"warning: {spec}: pixels, activation are the usual; for those of {other[:4]} {name}:TAG={file}")
-    return name, file, told
+def add_architecture(config):
+    """Make a configuration known to open_clip. Returns the name by which open_clip can build it.
+
+    The name is always the same. A model is built before the next configuration takes its place.
+    """
+    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        raise ValueError("the file needs embed_dim, vision_cfg and text_cfg")
+    name = "clipkd-model"  # hides none of open_clip's own names
+    with tempfile.TemporaryDirectory() as folder:  # open_clip reads new architectures from files
+        Path(folder, f"{name}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(folder)
+    return name
+
+
+def check_name(name, pretrained):
+    """Raises BadInput for a name that open_clip does not know, or weights that are not there."""
+    known = open_clip.list_models()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known + list(STUDENTS), cutoff=0.3)
+        raise BadInput(f"model {name} is unknown; near it are {', '.join(nearest)}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    is_tag = pretrained and open_clip.get_pretrained_cfg(name, pretrained)
+    if pretrained and not is_tag and not os.path.isfile(pretrained):
+        raise BadInput(f"model {name}: {pretrained} is not a file, nor one of its tags {tags}")
+
+
+def warn_of_other_preprocessing(name, file):
+    """A file of weights does not say which mean, std and activation they were trained with.
+
+    Warns if one of open_clip's tags for this model has unusual ones.
+    """
+    usual = vars(PreprocessCfg())
+    usual["quick_gelu"] = open_clip.get_model_config(name).get("quick_gelu", False)
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        wanted = open_clip.get_pretrained_cfg(name, tag)
+        if any(wanted.get(key, value) != value for key, value in usual.items()):
+            usual = f"the usual preprocessing and activation, but the tag {tag} has others"
+            say(f"warning: {file} is used with {usual}; to use them, give a local-dir:")
+            return
+
+
+def is_torchscript(file):
+    """Whether this is a program, like OpenAI's own files, and not just weights."""
+    if not zipfile.is_zipfile(file):
+        return False
+    return any("/code/" in name for name in zipfile.ZipFile(file).namelist())
 
 
 class OpenClip:
-    """A model `net` of open_clip with its tokenizer, its configuration, and mean and std of its pixels.
-    spec: any form that --help lists; flag: its origin, for messages; frozen: it needs weights and gets no
-    gradient. dim: the width D of its embeddings; size: of its pictures, in pixels."""
+    """A model of open_clip (`net`) with its tokenizer, its configuration and its preprocessing.
 
-    def __init__(self, spec, flag, device="cpu", frozen=False):
-        with explain(f"{flag} {spec}: cannot be loaded"):
-            name, weights, told = find_model(spec, frozen)
-            options = {"force_preprocess_cfg": told, "force_quick_gelu": told.get("quick_gelu", False)}
-            self.net = open_clip.create_model(name, weights, require_pretrained=frozen, **options)
-            self.tokenizer, self.config = open_clip.get_tokenizer(name), open_clip.get_model_config(name)
-        self.config |= {"quick_gelu": True} if told.get("quick_gelu") else {}
-        self.net.to(device).eval()
-        if frozen:
-            self.net.requires_grad_(False)
-        self.pixels = pixels = self.net.visual.preprocess_cfg
-        self.device, self.dim, self.size = device, self.config["embed_dim"], int(np.max(pixels["size"]))
-        self.mean, self.std = torch.tensor([pixels["mean"], pixels["std"]], device=device).view(2, 3, 1, 1)
+    name: a name of open_clip, also local-dir:DIR or hf-hub:ORG/NAME; one of STUDENTS; a FILE.json
+    pretrained: one of open_clip's tags for this name, or a file of weights
+    frozen: it must have weights, and they are not trained
+    """
 
-    def normalise(self, images):
-        """uint8 [n, 3, S, S] -> float [n, 3, H, W] of this image tower's size, mean and std."""
-        resized = v2.functional.resize(images, self.pixels["size"], v2.InterpolationMode.BICUBIC)
-        return (resized.float() / 255 - self.mean) / self.std
+    def __init__(self, name, pretrained=None, device="cpu", frozen=False):
+        if ":" in name:
+            pretrained = None  # a folder or a repository has weights of its own
+        title = f"model {name}, weights {pretrained}"
+        tag = {}  # what open_clip knows about the weights
+        try:
+            if name in STUDENTS:
+                name = add_architecture(STUDENTS[name])
+            elif name.endswith(".json"):
+                name = add_architecture(json.loads(Path(name).read_text("utf-8")))
+            if ":" not in name:
+                name = name.replace("/", "-")  # as in ViT-B/16
+                check_name(name, pretrained)
+                tag = open_clip.get_pretrained_cfg(name, pretrained or "")
+            is_file = pretrained is not None and not tag
+            if is_file:
+                warn_of_other_preprocessing(name, pretrained)
+            quick_gelu = tag.get("quick_gelu", False)  # OpenAI's activation
+            self.net = open_clip.create_model(
+                name,
+                pretrained,
+                require_pretrained=frozen,
+                force_quick_gelu=quick_gelu,
+                weights_only=not (is_file and is_torchscript(pretrained)),
+            )
+            self.net.to(device).eval().requires_grad_(not frozen)
+            self.tokenizer = open_clip.get_tokenizer(name)
+            self.config = open_clip.get_model_config(name)
+            if quick_gelu:
+                self.config["quick_gelu"] = True
+            self.device = device
+            self.dim = self.config["embed_dim"]  # D, the width of its embeddings
+            self.preprocess_cfg = self.net.visual.preprocess_cfg  # size, mean, std, ...
+            self.size = int(np.max(self.preprocess_cfg["size"]))
+            self.mean = torch.tensor(self.preprocess_cfg["mean"], device=device).view(3, 1, 1)
+            self.std = torch.tensor(self.preprocess_cfg["std"], device=device).view(3, 1, 1)
+            self.skips_padding = can_skip_padding(self.net)
+            with torch.no_grad():  # some configurations fail only here
+                blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+                self.net.encode_image(self.preprocess(blank))
+        except BadInput:
+            raise
+        except Exception as error:  # open_clip, timm and torch raise nearly anything on bad files
+            raise BadInput(f"{title}: cannot be loaded: {error!r}") from error
+        if getattr(self.net, "logit_bias", None) is not None:
+            self.net.logit_bias.requires_grad_(False)  # SigLIP's bias, which no loss here uses
+        if "multimodal_cfg" in self.config and not frozen:
+            raise BadInput(f"{title}: a CoCa has a decoder, and no loss here trains it")
+        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
+            raise BadInput(f"{title}: its weights are not finite (they have NaN or infinity)")
+
+    def preprocess(self, images):
+        """uint8 [n, 3, S, S] on the device -> float [n, 3, H, W] as the image tower wants them."""
+        images = v2.functional.resize(
+            images, self.preprocess_cfg["size"], v2.InterpolationMode.BICUBIC
+        )
+        return (images.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
-    def teach(self, images, tokens):
-        """All that a student hears of its teacher: unit rows [n, D_t] of images and of tokens, and 1/tau."""
+    def embed(self, images, tokens):
+        """What a student learns from its teacher: its embeddings of unit length, [n, D] of the
+        images and [n, D] of the captions, and its 1/temperature [].
+
+        images: uint8 [n, 3, S, S]; tokens: captions as encode_text takes them
+        """
         with autocast(images.device):
-            img, txt = self.net.encode_image(self.normalise(images)), encode_text(self.net, tokens)
+            img = self.net.encode_image(self.preprocess(images))
+            txt = encode_text(self.net, tokens)
         return normalize(img.float()), normalize(txt.float()), self.net.logit_scale.exp()
 
-    @torch.no_grad()
-    def embed(self, encode, items, collate=list, workers=0, batch=256):
-        """Unit rows [len(items), D] of encode(collate(items)), for all processes; each computes a share."""
-        batches = [range(i, min(i + batch, len(items))) for i in range(0, len(items), batch)]
-        options = {"collate_fn": collate, "num_workers": workers, "worker_init_fn": ignore_signals}
-        loader = DataLoader(items, batch_sampler=batches[RANK::WORLD], **options)
-        rows = torch.zeros(len(items), self.dim, device=self.device)
-        for i, x in zip(batches[RANK::WORLD], tqdm(loader, "embed", leave=False, disable=RANK > 0)):
-            rows[i.start : i.stop] = normalize(encode(x).float())
-        if WORLD > 1:
-            dist.all_reduce(rows)  # each row is zero on all processes but one
-        return rows
-
-    def embed_pictures(self, pictures, workers=0):
-        """Unit rows of places as read_pair gives them, with open_clip's own preprocessing."""
-        read = partial(self.read, image_transform_v2(PreprocessCfg(**self.pixels), is_train=False))
-        return self.embed(lambda x: self.net.encode_image(x.to(self.device)), pictures, read, workers)
-
-    @staticmethod
-    def read(transform, pictures):  # a loader that is spawned, not forked, takes nothing local and no lambda
-        return torch.stack([transform(open_picture(*picture)) for picture in pictures])
-
-    def embed_captions(self, captions):
-        return self.embed(lambda x: self.net.encode_text(self.tokenizer(x).to(self.device)), captions)
-
-    def embed_pairs(self, pairs, workers):
-        """Unit rows of pictures, each once, [I, D]; of captions [C, D]; and whose picture is whose [C]."""
-        pictures, captions = zip(*pairs)
-        number = {picture: i for i, picture in enumerate(dict.fromkeys(pictures))}
-        owner = torch.tensor([number[picture] for picture in pictures], device=self.device)
-        return self.embed_pictures([*number], workers), self.embed_captions(captions), owner
+    def checkpoint_gradients(self):
+        """Compute the forward pass again in the backward pass, so that little of it is kept."""
+        self.net.set_grad_checkpointing()
+        if isinstance(self.net.visual, ModifiedResNet):  # RN50, RN101 and their relatives
+            say("warning: open_clip cannot checkpoint this image tower, so it saves little memory")
 
     def export(self, folder):
-        """As open_clip does: its create_model_and_transforms("local-dir:FOLDER") needs nothing of ours."""
-        pixels = {key: self.pixels[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-        config = json.dumps({"model_cfg": self.config, "preprocess_cfg": pixels}, indent=2)
-        weights = {key: value.detach().cpu().contiguous() for key, value in self.net.state_dict().items()}
-        replace(folder / "open_clip_config.json", config.encode())
-        replace(folder / "open_clip_model.safetensors", safetensors.torch.save(weights))
-        if hasattr(self.tokenizer, "save_pretrained"):  # one of transformers; CLIP's own is in open_clip
+        """Write a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") opens."""
+        if RANK > 0:
+            return
+        folder.mkdir(exist_ok=True)
+        names = ("mean", "std", "interpolation", "resize_mode")
+        preprocess_cfg = {name: self.preprocess_cfg[name] for name in names}
+        config = {"model_cfg": self.config, "preprocess_cfg": preprocess_cfg}
+        weights = {name: value.contiguous() for name, value in self.net.state_dict().items()}
+        with replacing(folder / "open_clip_config.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
+        with replacing(folder / "open_clip_model.safetensors") as file:
+            file.write(safetensors.torch.save(weights))
+        if hasattr(self.tokenizer, "save_pretrained"):  # Hugging Face's; CLIP's own is in open_clip
             self.tokenizer.save_pretrained(folder)
 
 
-def encode_text(net, tokens):
-    """net.encode_text [n, D] of tokens [n, context], or of their parts [(tokens, place of the last end), ...]
-    without computing the padding. Exact: in a causal tower no place sees the later ones, and the row that is
-    taken is the end token's. (Multiples of 16 keep even the bits.) Any other tower computes all places."""
-    text = getattr(net, "text", net)
-    parts = tokens if isinstance(tokens, list) else [(tokens, tokens.shape[1])]
-    pool, ends = getattr(text, "text_pool_type", getattr(text, "pool_type", None)), [end for _, end in parts]
-    if pool != "argmax" or text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
-        return net.encode_text(torch.cat([part for part, _ in parts]))
+def text_tower(net):
+    """Where the layers of the text tower are. In the plain CLIP class this is the net itself."""
+    return getattr(net, "text", net)
 
-    def cut(module, args, kwargs):  # once for each part
-        k = 16 * (ends.pop(0) // 16 + 1)
-        return (args[0][:, :k],), {"attn_mask": kwargs["attn_mask"][:k, :k]}
 
-    with text.transformer.register_forward_pre_hook(cut, with_kwargs=True):
-        return torch.cat([net.encode_text(part) for part, _ in parts])
+def with_text_tower_of(teacher, student):
+    """A new student: this one's kind of image tower, from scratch, and the teacher's text tower.
+
+    The text tower is a frozen copy, so captions keep exactly the teacher's embeddings, also their
+    width. An index of images or captions that was made with the teacher keeps its meaning.
+    """
+    config = {**teacher.config, "vision_cfg": student.config["vision_cfg"]}
+    student = OpenClip(add_architecture(config), device=student.device)
+    student.net.train()
+    text_tower(student.net).transformer.eval()  # it is frozen, so its dropout stays off
+    weights = student.net.state_dict()
+    not_text = ("visual.", "logit_scale")
+    for name, value in teacher.net.state_dict().items():
+        if not name.startswith(not_text):
+            weights[name] = value
+    student.net.load_state_dict(weights)
+    for name, parameter in student.net.named_parameters():
+        if not name.startswith(not_text):
+            parameter.requires_grad_(False)
+    student.tokenizer = teacher.tokenizer
+    return student
+
+
+def can_skip_padding(net):
+    """Whether captions can be cut after their end token without a change of their embedding.
+
+    In a causal tower no token sees those after it. So the padding after the end token cannot change
+    what is computed at the end token, and that becomes the embedding. The last condition is only
+    for the sake of encode_text. Other towers get all of their tokens.
+    """
+    text = text_tower(net)
+    pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    is_causal = getattr(text, "attn_mask", None) is not None
+    has_class_token = getattr(text, "cls_emb", None) is not None
+    has_plain_projection = isinstance(getattr(text, "text_projection", None), nn.Parameter)
+    return pooling == "argmax" and is_causal and has_plain_projection and not has_class_token
+
+
+def cut_padding(tokens):
+    """Tokens [n, context], sorted by length -> a few parts [n_i, length_i] of shorter captions.
+
+    Most of CLIP's 77 tokens are padding: a caption of CC3M has 13 tokens on average. Each part is
+    cut after its longest caption, at a multiple of 16, which is a good size for GPUs. A context as
+    short as the demo's has little padding and stays in one part.
+    """
+    num_parts = 4 if tokens.shape[1] > 32 else 1
+    parts = []
+    for part in tokens.chunk(num_parts):
+        longest = int(part.argmax(dim=1).max()) + 1  # the end token has the highest number
+        parts.append(part[:, : 16 * math.ceil(longest / 16)].contiguous())
+    return parts
+
+
+def encode_text(net, parts):
+    """Embeddings [n, D], not of unit length, of captions as a list of parts [n_i, length_i].
+
+    open_clip encodes parts of full length. Its plain CLIP class cannot encode shorter ones, so the
+    lines below do what it does, with everything cut to the same length. The embeddings are the same
+    up to rounding.
+    """
+    text = text_tower(net)
+    embeddings = []
+    for tokens in parts:
+        length = tokens.shape[1]
+        if length == net.context_length:
+            embeddings.append(net.encode_text(tokens))
+            continue
+        x = text.token_embedding(tokens)  # [n_i, length, width]
+        x = x + text.positional_embedding[:length]
+        x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])
+        x = text.ln_final(x)
+        at_end = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]  # [n_i, width]
+        embeddings.append(at_end @ text.text_projection)
+    return torch.cat(embeddings)
+
+
+def encode_masked(net, images, ratio):
+    """Embeddings [n, D], not of unit length, of images with the share `ratio` of them hidden.
+
+    A ViT drops the hidden patches from its sequence. Any other image tower sees them blank.
+    """
+
+    def drop(module, inputs, patches):
+        return kd.drop_patches(patches, ratio)
+
+    with autocast(images.device):
+        if not isinstance(net.visual, VisionTransformer):
+            return net.encode_image(kd.blank_patches(images, ratio))
+        # What the hook returns takes the place of patch_dropout's own output. (patch_dropout could
+        # drop patches itself, but it would make the CPU wait for the GPU.)
+        with net.visual.patch_dropout.register_forward_hook(drop):
+            return net.encode_image(images)
+
+
+def has_bfloat16(device):
+    """Whether this is a GPU from Ampere on. Older ones use float32: float16 needs a loss scaler."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(device):
-    """bfloat16 in the towers on a GPU that has it (Ampere on), else float32. float16 would need a scaler."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device))
 
 
-# ---- Data. Hard in it: 12.9 million pairs, 64 loaders. So a pair is five numbers in a table mapped from disk
-# and its crop depends on (seed, epoch, index) alone: loaders, processes, resuming or tars change nothing.
-def sources(name):
-    """Yields (file, columns, separator) of a file or of a folder of tars; a tar has no columns."""
-    for file in sorted(map(str, Path(name).glob("[!.]*.tar"))) or [name]:
-        need(os.path.isfile(file), f"{file}: no such file; expected a TSV, a CSV, a .tar or a folder of .tar")
-        columns = separator = None
-        if not file.endswith(".tar"):
-            with open(file, encoding="utf-8-sig", errors="replace") as lines:
-                header = lines.readline().rstrip("\n")
-            separator, word = ("\t", "tab") if "\t" in header else (",", "comma")
-            columns = [column.strip('" ') for column in header.split(separator)]
-            known = {"filepath", "title"} <= {*columns}
-            need(known, f"{file}: needs columns filepath and title; found {columns} (separator: {word})")
-        yield file, columns, separator
+# --------------------------------------------------------------------------------------------------
+# Data. The 12.9 million pairs of CC3M and CC12M would not fit into the memory of dozens of loader
+# processes. So they share an index, which is mapped from disk: a row of five numbers for each pair.
+# The first is the number of the file, and the others say where in it the text and the image lie. An
+# image has a location (path, start, length), since it can be a file or a part of a tar.
 
 
-def scan(source):
-    """Where the pairs lie, int64 [pairs, 4]: start and length of the caption (of its line in a TSV, CSV), and
-    of the picture in a tar, where KEY.txt belongs to KEY.jpg, .jpeg, .png or .webp, and ._KEY is macOS's."""
-    file, columns, _ = source
-    if columns:
-        with open(file, "rb") as lines:  # by line, so that no stray quote swallows the next ones
-            ends = np.cumsum(np.fromiter(map(len, lines), np.int64))
-        rows = np.pad(np.stack([ends[:-1], np.diff(ends)], axis=1), ((0, 0), (0, 2)))
-        return rows[rows[:, 1] > 2]  # not the empty lines
-    pairs, size, damaged = {}, os.path.getsize(file), False
+def is_image(name):
+    """Whether Pillow can open files with such a name."""
+    suffix = os.path.splitext(name)[1].lower()
+    return Image.registered_extensions().get(suffix) in Image.OPEN
+
+
+def is_hidden(name):  # like the ._KEY.jpg that macOS puts into tars
+    return os.path.basename(name).startswith(".")
+
+
+def find_files(names):
+    """The TSV, CSV and tar files that --train-data or --val-data stand for."""
+    files = []
+    for name in names:
+        path = Path(name)
+        found = [path]
+        if path.is_dir():
+            inside = [file for file in sorted(path.iterdir()) if not is_hidden(file.name)]
+            found = [file for file in inside if file.suffix == ".tar"]
+            others = [file.name for file in inside if file.suffix != ".tar"]
+            warn(name, "files that are not .tar are left out", others)
+        if not found or not found[0].is_file():
+            raise BadInput(f"{name}: not found; expected a TSV, a CSV, a .tar or a folder of .tar")
+        files += found
+    for file in files:
+        if file.suffix != ".tar":
+            read_header(file)  # complains about a file of another kind
+    return files
+
+
+def warn(where, what, names):
+    """Count what is left out or odd, and name the first of it."""
+    if names:
+        say(f"warning: {where}: {len(names)} {what}; the first is {names[0]}")
+
+
+@functools.lru_cache(maxsize=None)
+def read_header(file):
+    """The separator and the columns of a TSV or CSV file."""
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        header = lines.readline(10_000).strip("\r\n")
+    separator = "\t" if "\t" in header else ","
+    columns = next(csv.reader([header], delimiter=separator), [])
+    if not {"filepath", "title"} <= set(columns):
+        raise BadInput(
+            f"{file}: needs columns filepath and title, its first line is {header[:100]}"
+        )
+    return separator, columns
+
+
+def index_file(file):
+    """Where the pairs of a file lie, int64 [pairs, 4], and notes for the user: {what: names}.
+
+    The four numbers are start and length of the text and start and length of the image. In a TSV or
+    CSV the text is a row, and the image is a file of its own. In a tar, as img2dataset writes it,
+    the text is the member KEY.txt and the image is the member KEY.jpg.
+    """
+    if file.suffix == ".tar":
+        return index_tar(file)
+    with open(file, "rb") as lines:
+        lengths = np.fromiter(map(len, lines), np.int64)
+    index = np.zeros((len(lengths), 4), np.int64)
+    index[:, 0] = lengths.cumsum() - lengths
+    index[:, 1] = lengths
+    is_pair = lengths > 2  # an empty line is shorter
+    is_pair[0] = False  # this is the header
+    return index[is_pair], {}
+
+
+def index_tar(file):
+    """The same for a tar. If it is damaged, what comes before the damage is used."""
+    texts, images, twice = {}, {}, []  # {key: (start, length)}, and names that come again
+    key = ""
+    end = 0  # where the last member ends
+    try:
+        with tarfile.open(file, "r:") as tar:  # never compressed, so that offsets are the file's
+            for member in tar:
+                key, suffix = os.path.splitext(member.name)
+                if is_hidden(member.name):
+                    continue
+                if suffix == ".txt":
+                    found = texts
+                elif is_image(member.name):
+                    found = images
+                else:
+                    continue
+                if key in found:
+                    twice.append(member.name)
+                found[key] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError:
+        texts.pop(key, None)  # the damage is in this pair
     with open(file, "rb") as data:
-        while data.tell() < size:
-            try:  # tarfile passes over most damaged headers; over the others by beginning again behind them
-                for member in tarfile.open(fileobj=data, mode="r:", ignore_zeros=True):
-                    key, kind = os.path.splitext(member.name)
-                    at = 0 if kind.lower() == ".txt" else 2 if kind.lower() in PICTURES else -1
-                    if at >= 0 and key.split("/")[-1][0] != "." and member.offset_data + member.size <= size:
-                        pairs.setdefault(key, [0] * 4)[at : at + 2] = member.offset_data, member.size
-                break
-            except Exception:
-                damaged = True
-        data.seek(max(0, size - 512))
-        if damaged or any(data.read()):  # a tar ends with zeros
-            say(f"warning: {file}: cut off or damaged; only the pairs that are whole in it are used")
-    return np.array([row for row in pairs.values() if row[1] and row[3]], np.int64).reshape(-1, 4)
+        data.seek(end)
+        is_whole = data.read(512) == bytes(512)  # a tar ends with zeros
+    index = [texts[key] + images[key] for key in texts if key in images]
+    notes = {
+        "captions without an image are left out": [key for key in texts if key not in images],
+        "images without a caption are left out": [key for key in images if key not in texts],
+        "names occur again, and the last file counts": twice,
+    }
+    if not is_whole:
+        notes["damaged file, of which only the beginning is used"] = [f"up to about {key}"]
+    return np.array(index, np.int64).reshape(-1, 4), notes
 
 
-def read_pair(source, row):
-    """((path, start, length) of a picture in a tar or (path,) of one in a file of its own, caption)."""
-    (file, columns, separator), (start, length, *place) = source, map(int, row)
+def build_index(files, folder):
+    """Path of the index of all files, int64 [pairs, 5]: the number of the file, then as above.
+
+    Large data sets take minutes, so the index is kept, under a name that changes with the files.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime) for file in files]
+    path = folder / (hashlib.sha256(repr(stats).encode()).hexdigest()[:16] + ".npy")
+    if RANK == 0 and not path.exists():
+        parts = []
+        workers = min(len(files), available_cores())
+        with ProcessPoolExecutor(workers, initializer=ignore_ctrl_c) as pool:
+            bar = tqdm(pool.map(index_file, files), "index", len(files), disable=HIDE_BAR)
+            for number, (index, notes) in enumerate(bar):
+                for what, names in notes.items():
+                    warn(files[number], what, names)
+                parts.append(np.insert(index, 0, number, axis=1))
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.save(file, np.concatenate(parts))
+    return from_process_0(path)
+
+
+@functools.lru_cache(maxsize=None)
+def open_index(path):
+    return np.load(path, mmap_mode="r")  # all processes share these pages of memory
+
+
+def read_bytes(file, start, length):
     with open(file, "rb") as data:
         data.seek(start)
-        caption = data.read(length).decode("utf-8", "replace")
-    if columns:
-        line, place = re.sub("[\r\n\0]+", " ", caption).rstrip(" "), ()
-        cells = next(csv.reader([line], delimiter=separator)) if '"' in line and len(line) < 2**17 else []
-        if len(cells) != len(columns):  # not quoted: a title that is last may have the separator in it
-            cells = line.split(separator, len(columns) - 1 if columns[-1] == "title" else -1)
-        need(len(cells) == len(columns), f"{file}: {len(cells)} instead of {len(columns)} cells: {line}")
-        pair = dict(zip(columns, cells))
-        file, caption = os.path.join(os.path.dirname(file), pair["filepath"]), pair["title"]
-    need(caption.strip(), f"{file}: no caption")
-    return (file, *place), caption[:1000]  # enough for any context; an endless word takes the BPE minutes
+        return data.read(length)
 
 
-def open_picture(path, start=0, length=-1):
-    with explain(f"{path}: this picture cannot be read"), open(path, "rb") as file:
-        file.seek(start)
-        image = Image.open(io.BytesIO(file.read(length)))
-        image.load()
-        if image.mode.startswith("I;16"):  # convert would clip 16 bits to white
-            image = image.point(lambda value: value / 256).convert("L")
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+def read_pair(file, start, length, image_start, image_length):
+    """The location of the image, (path, start, length), and its captions.
+
+    A text in a tar can have several captions, one on each line. Raises ValueError if there is none.
+    """
+    text = read_bytes(file, start, length).decode("utf-8")
+    location = (file, image_start, image_length)
+    captions = text.splitlines()
+    if file.suffix != ".tar":
+        separator, columns = read_header(file)
+        cells = next(csv.reader([text.strip("\r\n")], delimiter=separator))
+        if len(cells) != len(columns):
+            raise ValueError(f"{len(cells)} instead of {len(columns)} cells in {text[:100]!r}")
+        row = dict(zip(columns, cells))
+        location = (file.parent / row["filepath"], 0, -1)  # -1 reads the whole file
+        captions = [row["title"]]
+    captions = [caption for caption in captions if caption.strip()]
+    if not captions:
+        raise ValueError(f"no caption in {text[:100]!r}")
+    # No tokenizer keeps more than 1000 characters, and a word without end would take it minutes.
+    return location, [caption[:1000] for caption in captions]
 
 
-table = lru_cache(4)(partial(np.load, mmap_mode="r"))  # from disk: processes and loaders share its memory
+def read_image(path, start, length):
+    """An image in RGB. Raises ValueError, since Pillow raises nearly anything on a bad file."""
+    try:
+        image = Image.open(io.BytesIO(read_bytes(path, start, length)))
+        if image.mode[0] in "IF":
+            image = to_8_bits(image)
+        return image.convert("RGB")
+    except Exception as error:
+        raise ValueError(f"{path}: this image cannot be read: {error}") from error
+
+
+def to_8_bits(image):
+    """For images of 16 or 32 bits a pixel, which Pillow's own conversion would clip to white."""
+    pixels = np.asarray(image, dtype=np.float64)
+    highest = 65535
+    if image.mode == "F":  # floats, for which both ranges are in use
+        highest = 255 if pixels.max() > 1 else 1
+    pixels = np.rint(255 / highest * pixels).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 class Pairs(Dataset):
-    """Training pairs. n keys (epoch, index) give images uint8 [n, 3, size, size], tokens [n, context] of each
-    tokenizer, sorted by the captions' length; and how many could not be read: each gives way to the next one.
-    Teacher and student share one random crop (FD compares two looks at one view), uint8 until on the device.
-    Where the pairs lie, int64 [pairs, 5] (number of the file, then as scan() says), is kept in `folder`."""
+    """Training pairs. pairs[keys] is a whole batch, where a key is (epoch, number of the pair):
 
-    def __init__(self, names, size, tokenizers, seed, folder):
-        self.size, self.tokenizers, self.seed = [size, size], tokenizers, seed
-        self.sources = [source for name in names for source in sources(name)]
-        self.path = from_process_0(self.find(folder) if RANK == 0 else None)  # all that loaders are handed
-        need(len(self), f"{self.sources[0][0]}: no pair of a picture and a caption in it")
-        with explain("--train-data", "a filepath is absolute, or relative to the folder of its file"):
-            self[[(0, 0)]]  # a wrong folder shows here
+    - the images, uint8 [n, 3, S, S]
+    - their captions as tokens for the student, a list of parts [n_i, length_i]
+    - their captions as tokens for the teacher, in the same order
+    - a list of sentences about pairs that could not be read
 
-    def find(self, folder):
-        """Path of the table; it is made where there is none, or none that is whole."""
-        stats = [(os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)) for f, *_ in self.sources]
-        path = Path(folder, hashlib.sha256(repr(stats).encode()).hexdigest()[:16] + ".npy")
-        with contextlib.suppress(Exception):
-            return table(path) is not None and path
-        with (Pool if len(self.sources) > 1 else ThreadPool)(min(len(self.sources), CORES)) as pool:
-            bar = tqdm(pool.imap(scan, self.sources), "scan", len(self.sources), leave=False)
-            rows = np.concatenate([np.insert(part, 0, i, axis=1) for i, part in enumerate(bar)])
-        replace(path, partial(np.save, arr=rows))
-        return path
+    Teacher and student see the same random crop, since FD compares what they make of one view.
+    The crop depends on (seed, epoch, number) alone. So neither the number of loader processes nor
+    a stop changes what a run sees.
+    """
+
+    def __init__(self, files, student, teacher, seed, folder):
+        self.files = files
+        self.seed = seed
+        models = [student, teacher or student]
+        self.size = max(model.size for model in models)
+        self.tokenizers = [model.tokenizer for model in models]
+        self.skips_padding = [model.skips_padding for model in models]
+        self.index = build_index(files, folder)
+        if len(self) == 0:
+            raise BadInput(f"{files[0]}: there is no pair of an image and a caption in it")
+        self.load_or_replace(0, 0)  # complains now if nothing can be read
 
     def __len__(self):
-        return len(table(self.path))
-
-    def keys(self, batch, first, last):
-        """For each of the steps first..last-1 the n keys of this process; a new order every epoch."""
-        for step in range(first, last):
-            epoch, k = divmod(step, len(self) // batch)
-            if step == first or k == 0:
-                generator = torch.Generator().manual_seed(hash((self.seed, epoch)))
-                order = torch.randperm(len(self), generator=generator)
-            yield [(epoch, index) for index in order[k * batch :][:batch].chunk(WORLD)[RANK].tolist()]
+        return len(open_index(self.index))
 
     def __getitem__(self, keys):
-        images, captions, unread = torch.empty(len(keys), 3, *self.size, dtype=torch.uint8), [], 0
-        for epoch, index in keys:
-            while True:
-                try:
-                    images[len(captions)], caption = self.load(epoch, index % len(self))
-                    break
-                except Exception as error:  # whatever is wrong with one pair, a run of days goes on
-                    unread, index = unread + 1, index + 1
-                    need(unread < min(1000, len(self)), f"{unread} pairs of a batch cannot be read: {error}")
-            captions.append(caption)
-        tokens = [tokenize(captions) for tokenize in self.tokenizers]
-        order = tokens[0].argmax(1).argsort(stable=True)  # by length: the end token has the highest number
-        return images[order], [t[order] for t in tokens], unread
+        items = [self.load_or_replace(epoch, number) for epoch, number in keys]
+        images, captions, problems = zip(*items)
 
-    def load(self, epoch, index):
-        """A crop, uint8 [3, size, size], and its caption."""
-        source, *row = table(self.path)[index]
-        picture, caption = read_pair(self.sources[source], row)
-        pixels = torch.from_numpy(np.array(open_picture(*picture))).permute(2, 0, 1)  # uint8: twice as fast
-        with torch.random.fork_rng([]):  # get_params draws from torch's own generator
-            torch.default_generator.manual_seed(hash((self.seed, epoch, index)))  # of the CPU alone, so quick
-            crop = v2.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))  # y, x, h, w
-        return v2.functional.resized_crop(pixels, *crop, self.size, v2.InterpolationMode.BICUBIC), caption
+        # The batch is sorted by the length of the student's captions, where the end token has the
+        # highest number. Then parts of it can be cut without their padding.
+        tokens_s, tokens_t = [tokenize(list(captions)) for tokenize in self.tokenizers]
+        order = tokens_s.argmax(dim=1).argsort(stable=True)
+        skip_s, skip_t = self.skips_padding
+        parts_s = cut_padding(tokens_s[order]) if skip_s else [tokens_s[order]]
+        parts_t = cut_padding(tokens_t[order]) if skip_t else [tokens_t[order]]
+        problems = [problem for problem in problems if problem]
+        return torch.stack(images)[order], parts_s, parts_t, problems
+
+    def load_or_replace(self, epoch, number):
+        """Image, caption, and the reason if another pair had to take this one's place.
+
+        One broken file must not end a run of days. The other pair is drawn at random, since broken
+        files often come in a row. The draw too depends on (seed, epoch, number) alone.
+        """
+        problem = ""
+        drawn = number
+        for attempt in range(1000):
+            try:
+                return *self.load(epoch, drawn), problem
+            except (ValueError, csv.Error) as error:
+                problem = problem or f"pair {number}: {error}"
+            drawn = hash((self.seed, epoch, number, attempt)) % len(self)
+        hint = "a filepath is absolute, or relative to the folder of its file"
+        raise BadInput(f"--train-data: 1000 pairs in a row cannot be read: {problem}; {hint}")
+
+    def load(self, epoch, number):
+        """A random crop, uint8 [3, S, S], and a caption."""
+        file_number, *row = open_index(self.index)[number].tolist()
+        location, captions = read_pair(self.files[file_number], *row)
+        pixels = torch.from_numpy(np.array(read_image(*location)))
+        pixels = pixels.permute(2, 0, 1)  # [3, height, width]
+        # torchvision draws the crop from the CPU's generator. (torch.manual_seed would seed the
+        # GPUs too, which takes as long as a small image.)
+        seed = hash((self.seed, epoch, number))
+        torch.default_generator.manual_seed(seed)
+        box = v2.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))
+        size = [self.size, self.size]
+        crop = v2.functional.resized_crop(pixels, *box, size, v2.InterpolationMode.BICUBIC)
+        return crop, captions[seed % len(captions)]
 
 
-def ignore_signals(worker):
-    """For loaders. Schedulers signal every process, but the main one still needs batches to end its step."""
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
+def count_steps(pairs, batch_size):
+    """The steps of an epoch. An epoch leaves out the pairs that do not fill a last batch."""
+    if len(pairs) < batch_size:
+        raise BadInput(f"--batch-size {batch_size}: there are only {len(pairs)} pairs to train on")
+    return len(pairs) // batch_size
 
 
-# ---- Processes. Together they compute the gradient of one with the whole batch: by gather (losses.py), DDP.
+def load_batches(pairs, args, first_step, steps, device):
+    return DataLoader(
+        pairs,
+        batch_size=None,  # the sampler asks for whole batches
+        sampler=batch_order(len(pairs), args.batch_size, args.seed, first_step, steps),
+        num_workers=args.workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_ctrl_c,
+    )
+
+
+def batch_order(num_pairs, batch_size, seed, first_step, steps):
+    """For each step from first_step on, the keys (epoch, number) of this process's pairs."""
+    steps_per_epoch = num_pairs // batch_size
+    share = batch_size // WORLD
+    permutation = None
+    for step in range(first_step, steps):
+        epoch, step_of_epoch = divmod(step, steps_per_epoch)
+        if permutation is None or step_of_epoch == 0:  # each epoch has an order of its own
+            generator = torch.Generator().manual_seed(hash((seed, epoch)))
+            permutation = torch.randperm(num_pairs, generator=generator)
+        begin = step_of_epoch * batch_size + RANK * share
+        yield [(epoch, number) for number in permutation[begin : begin + share].tolist()]
+
+
+def move(batch, device):
+    """Tensors, also those in lists, go to the device while the CPU goes on."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, (list, tuple)):
+        return [move(item, device) for item in batch]
+    return batch
+
+
+def ignore_ctrl_c(worker=None):
+    """A terminal sends Ctrl-C to all processes. The main one ends the loaders when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes. torchrun starts one for each GPU. Together they compute the gradient that one process
+# would compute on the whole batch, because gather (in losses.py) and DDP exchange what that takes.
+
+# torchrun tells each process its rank and the number of processes. Without it there is one process.
+RANK = int(os.environ.get("RANK") or 0)
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # those on this machine
+HIDE_BAR = True if RANK > 0 else None  # None: tqdm shows a progress bar if there is a terminal
+
+
 def setup():
-    """The device of this process, after joining the others."""
+    """Join the other processes. Returns the device of this one."""
+    if WORLD > 1 or RANK > 0:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise BadInput(f"RANK or WORLD_SIZE is set, but {name} is not; start with torchrun")
     gpus = torch.cuda.device_count()
-    need(not 0 < gpus < LOCAL_WORLD, f"{gpus} GPUs for {LOCAL_WORLD} processes: use --nproc_per_node={gpus}")
-    device = torch.device("cuda", LOCAL_RANK) if gpus else torch.device("cpu")
+    device = torch.device("cpu")
     if gpus:
+        if LOCAL_WORLD > gpus:
+            raise BadInput(f"{LOCAL_WORLD} processes for {gpus} GPUs; use --nproc_per_node={gpus}")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
         torch.cuda.set_device(device)
     if WORLD > 1:
-        store = next(dist.rendezvous("env://"))[0]
-        if WORLD == LOCAL_WORLD:  # torchrun --max-restarts can keep the store, with the addresses of the dead
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"  # what the hosts agree on does not wait for GPUs
-        options = {"store": store, "rank": RANK, "world_size": WORLD, "device_id": device if gpus else None}
-        dist.init_process_group(backend, timeout=timedelta(hours=3), **options)  # process 0 may scan long
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            timeout=timedelta(hours=3),  # process 0 may index a data set for that long
+            device_id=device if gpus else None,
+        )
     return device
 
 
 def from_process_0(value=None):
+    """The value that process 0 passes, on every process. The others wait for it."""
     values = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(values)  # the others wait here, so without a value it is a barrier
+        dist.broadcast_object_list(values)
     return values[0]
 
 
-# ---- Evaluation, with open_clip's own preprocessing and prompts. Hard in it: what belongs together. Folders
-# are sorted as words but classes are numbers, a picture has several captions, a process embeds its share.
-def class_folders(root):
-    """Labels, pictures, class names and prompt templates of a folder of class folders."""
-    folders = sorted(path.name for path in Path(root).glob("[!.]*") if path.is_dir())
-    names, templates = [folder.replace("_", " ") for folder in folders], ["a photo of a {}"]
-    numbers = folders and all(folder.isdigit() for folder in folders)
-    if numbers or any(re.fullmatch(r"n\d{8}", folder) for folder in folders):
-        # ImageNet, -R, -A, -Sketch (scored among the classes present), or -V2, with folder "10" before "2"
-        keys = [str(i) for i in range(1000)] if numbers else ImageNetInfo().label_names()
-        odd = sorted({*folders} ^ {*keys}) if numbers else sorted({*folders} - {*keys})
-        need(not odd, f"--zeroshot {root}: {odd[:3]} missing or not of ImageNet's 1000 wnids or numbers")
-        names = [open_clip.IMAGENET_CLASSNAMES[keys.index(folder)] for folder in folders]
-        templates = open_clip.OPENAI_IMAGENET_TEMPLATES
-    files = [(i, p) for i, folder in enumerate(folders) for p in sorted(Path(root, folder).glob("[!.]*"))]
-    found = [(label, (str(path),)) for label, path in files if path.suffix.lower() in PICTURES]
-    need(found, f"--zeroshot {root}: no such folder, or no class folders with pictures in it")
-    return *zip(*found), names, templates
+def wait_for_process_0():
+    from_process_0(None)
 
 
-def zero_shot(model, labels, pictures, names, templates, workers):
-    """{"top-1": percent of pictures that are nearest to the mean of their class's sentences}."""
-    build = partial(open_clip.build_zero_shot_classifier, model.net, model.tokenizer, templates=templates)
-    head = model.embed(lambda x: build(x, device=model.device).T, names, batch=10)  # [classes, D]
-    nearest = (model.embed_pictures(pictures, workers) @ head.T).argmax(1).cpu()
-    return {"top-1": 100 * (nearest == torch.tensor(labels)).double().mean().item()}
+def sum_over_processes(number):
+    number = torch.tensor(number)
+    if WORLD > 1:
+        dist.all_reduce(number)
+    return number.item()
 
 
-def evaluate(model, zeroshot, retrieval, workers, teacher=None):
-    """{set: {metric: value}} of what read_evaluations gives; with a teacher also how similar its rows are."""
-    result = {name: {} for name in [*zeroshot, *retrieval]}
-    model.net.eval()
-    for buffer in model.net.buffers() if WORLD > 1 else ():  # batch norm's; student/ has those of process 0
-        dist.broadcast(buffer, 0)
-    for name, folder in zeroshot.items():
-        result[name] |= zero_shot(model, *folder, workers)
-    for name, pairs in retrieval.items():
-        rows_t = teacher.embed_pairs(pairs, workers)[:2] if teacher else ()
-        scores = losses.retrieval(*model.embed_pairs(pairs, workers), *rows_t)
-        result[name] |= {key: score for key, score in scores.items() if math.isfinite(score)}
-    return result
-
-
-def caption_pairs(file):
-    """[(picture, caption)] of a file as --train-data takes it; without a bad row the score would change."""
-    with explain(f"--val-data {file}"):
-        pairs = [read_pair(source, row) for source in sources(file) for row in scan(source)]
-        need(pairs, "no captions in it")
-        open_picture(*pairs[0][0])
-    return pairs
-
-
-def read_evaluations(args):
-    """{name: class folders} of --zeroshot, {name: captioned pictures} of --val-data; read before any work."""
-    sets = {}, {}
-    for found, read, values in zip(sets, (class_folders, caption_pairs), (args.zeroshot, args.val_data)):
-        for value in values:
-            name, path = value.split("=", 1) if "=" in value and not os.path.exists(value) else (value, value)
-            need(name not in found, f"{value}: a set is named {name} already; give this one another NAME=")
-            found[name] = read(path)
-    return sets
-
-
-# ---- The run's folder. Hard in it: a kill can come at any moment, and a second run at any time. So files are
-# renamed into place, checkpoint.pt last, with the length of the log by then; and a lock keeps others out.
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-PROGRESS = ("step", "seconds", "waited", "skipped", "result", "log_end")
-RECIPE = re.compile("lambda_.*|mask_ratio|epochs|batch_size|lr|weight_decay|warmup|seed")  # of the flags
+def mean_over_processes(losses):
+    """{name: mean as a float}"""
+    means = torch.stack(list(losses.values())).detach()
+    if WORLD > 1:
+        dist.all_reduce(means)
+        means /= WORLD
+    return dict(zip(losses, means.tolist()))
 
 
 def say(message):
+    """A message to the user, once and not by every process. It goes to stderr."""
     if RANK == 0:
-        tqdm.write(f"clipkd.py: {message}", sys.stderr)
+        tqdm.write(f"clipkd.py: {message}", file=sys.stderr)
 
 
-def replace(path, content):
-    """Whatever happens, even to the power, `path` holds what it held or all of content (bytes, a writer)."""
-    with explain(f"{path}: cannot be written", "what it held before is kept"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.tmp", "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
+# --------------------------------------------------------------------------------------------------
+# Evaluation, with open_clip's preprocessing, its class names and its prompts. Each process embeds a
+# share of the images, and the scores are those that a single process computes.
 
 
-class Run(contextlib.ExitStack):
-    """A run's folder, as a context that gives back what it takes: the lock, and the signals, which wait for
-    the end of a step while it is patient. step: how many are done; result: the last record with scores."""
+@dataclass
+class ClassFolders:
+    """Images in a folder for each class."""
 
-    def __init__(self, args, student, distiller, optimizer):
-        super().__init__()
-        self.args, self.student, self.out = args, student, Path(args.out)
-        self.step, self.seconds, self.skipped, self.waited, self.result, self.log_end = 0, 0.0, 0, 0.0, {}, 0
-        self.parts, self.signals, self.patient = {"model": distiller, "optimizer": optimizer}, [], True
+    images: list  # their locations
+    labels: list  # the number of each image's class
+    class_names: list
+    templates: list  # of prompts: "a photo of a {}"
+
+
+def read_class_folders(root):
+    if not os.path.isdir(root):
+        raise BadInput(f"--zeroshot {root}: there is no such folder")
+    inside = sorted(Path(root).iterdir())
+    folders = [path for path in inside if path.is_dir() and not is_hidden(path.name)]
+    if is_imagenet_v2([folder.name for folder in folders]):
+        folders.sort(key=lambda folder: int(folder.name))
+    names = [folder.name for folder in folders]
+    images, labels, others = [], [], []
+    for label, folder in enumerate(folders):
+        for file in sorted(folder.iterdir()):
+            if is_image(file.name) and not is_hidden(file.name):
+                images.append((file, 0, -1))
+                labels.append(label)
+            elif not is_hidden(file.name):
+                others.append(file)
+    if not images:
+        raise BadInput(f"--zeroshot {root}: there are no class folders with images in it")
+    warn(root, "files that are not images are left out", others)
+    return ClassFolders(images, labels, *read_class_names(root, names))
+
+
+def is_imagenet_v2(folders):
+    """Its folders are named 0 to 999 and must be sorted as numbers: as words 10 comes before 2."""
+    return set(folders) == {str(number) for number in range(1000)}
+
+
+def read_class_names(root, folders):
+    """What the classes are called, and templates of sentences about them."""
+    imagenet = open_clip.IMAGENET_CLASSNAMES
+    wnids = ImageNetInfo().label_names()
+    if is_imagenet_v2(folders):
+        return imagenet, open_clip.OPENAI_IMAGENET_TEMPLATES
+    if not any(re.fullmatch(r"n\d{8}", folder) for folder in folders):
+        return [folder.replace("_", " ") for folder in folders], ["a photo of a {}"]
+    unknown = sorted(set(folders) - set(wnids))  # this is ImageNet, or a part of it like ImageNet-R
+    if unknown:
+        raise BadInput(f"--zeroshot {root}: {unknown[0]} is no ImageNet class, but others are")
+    names = [imagenet[wnids.index(folder)] for folder in folders]
+    return names, open_clip.OPENAI_IMAGENET_TEMPLATES
+
+
+@dataclass
+class CaptionedImages:
+    """Images, each of them once, and all of their captions."""
+
+    images: list  # their locations
+    captions: list
+    owner: list  # for each caption the number of its image
+    first: list  # for each image the number of its first caption
+
+
+def read_captioned_images(name):
+    data = CaptionedImages([], [], [], [])
+    numbers = {}
+    for file in find_files([name]):
+        index, notes = index_file(file)
+        for what, names in notes.items():
+            warn(file, what, names)
+        for row in index.tolist():
+            try:
+                image, captions = read_pair(file, *row)
+                image[0].stat()  # so that a missing image shows before the training
+            except (ValueError, csv.Error, OSError) as error:
+                raise BadInput(f"--val-data {name}: {error}") from error
+            if image not in numbers:
+                numbers[image] = len(data.images)
+                data.images.append(image)
+                data.first.append(len(data.captions))
+            data.captions += captions
+            data.owner += [numbers[image]] * len(captions)
+    if not data.images:
+        raise BadInput(f"--val-data {name}: there is no pair of an image and a caption in it")
+    return data
+
+
+def read_evaluations(args):
+    """The data of --zeroshot and of --val-data, each as {name: data}."""
+    zeroshot, retrieval = {}, {}
+    for value in args.zeroshot:
+        name, path = split_name(value, zeroshot)
+        zeroshot[name] = read_class_folders(path)
+    for value in args.val_data:
+        name, path = split_name(value, retrieval)
+        retrieval[name] = read_captioned_images(path)
+    return zeroshot, retrieval
+
+
+def split_name(value, others):
+    """NAME=PATH or PATH, which is then its own name."""
+    name, equals, path = value.partition("=")
+    if not equals or os.path.exists(value):
+        name, path = value, value
+    if name in others:
+        raise BadInput(f"{value}: another set is named {name} too; give this one another NAME=")
+    return name, path
+
+
+class ImageFiles(Dataset):
+    """Images as open_clip preprocesses them for evaluation, [3, H, W]."""
+
+    def __init__(self, locations, transform):
+        self.locations = locations
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.locations)
+
+    def __getitem__(self, number):
+        try:
+            return self.transform(read_image(*self.locations[number]))
+        except ValueError as error:  # there is no replacement here: it would change the scores
+            raise BadInput(str(error)) from error
+
+
+@torch.no_grad()
+def embed_images(model, locations, workers=0):
+    """Embeddings [len(locations), D] of unit length, on every process. Each computes a share."""
+    transform = image_transform_v2(PreprocessCfg(**model.preprocess_cfg), is_train=False)
+    share = range(RANK, len(locations), WORLD)
+    images = Subset(ImageFiles(locations, transform), share)
+    loader = DataLoader(images, 256, num_workers=workers, worker_init_fn=ignore_ctrl_c)
+    embeddings = torch.zeros(len(locations), model.dim, device=model.device)
+    done = 0
+    for batch in tqdm(loader, "embed", leave=False, disable=HIDE_BAR):
+        numbers = list(share[done : done + len(batch)])
+        encoded = model.net.encode_image(batch.to(model.device))
+        embeddings[numbers] = normalize(encoded.float())
+        done += len(batch)
+    if WORLD > 1:
+        dist.all_reduce(embeddings)  # each of them is zero on all processes but one
+    return embeddings
+
+
+@torch.no_grad()
+def embed_texts(model, texts):
+    """Embeddings [len(texts), D] of unit length."""
+    embeddings = []
+    for begin in range(0, len(texts), 256):
+        tokens = model.tokenizer(texts[begin : begin + 256]).to(model.device)
+        embeddings.append(normalize(model.net.encode_text(tokens).float()))
+    return torch.cat(embeddings)
+
+
+def zero_shot(model, data, workers):
+    """Top-1 accuracy in percent: how many images are nearest to the prompts of their class."""
+    classifier = open_clip.build_zero_shot_classifier(
+        model.net, model.tokenizer, data.class_names, data.templates, device=model.device
+    )  # [D, classes]
+    nearest = (embed_images(model, data.images, workers) @ classifier).argmax(dim=1)
+    right = nearest.cpu() == torch.tensor(data.labels)
+    return 100 * right.sum().item() / len(right)
+
+
+def recalls(queries, keys, query_owners, key_owners):
+    """{k: percent of queries [Q, D] with one of their owner's keys [K, D] among the k nearest}."""
+    hits = []
+    for some, owners in zip(queries.split(1024), query_owners.split(1024)):  # to save memory
+        nearest = (some @ keys.T).topk(min(10, len(keys))).indices  # [1024, 10]
+        hits.append(owners[:, None] == key_owners[nearest])
+    hits = torch.cat(hits)
+    return {k: 100 * hits[:, :k].any(dim=1).sum().item() / len(hits) for k in (1, 5, 10)}
+
+
+def retrieval_scores(model, data, workers):
+    """Recall at 1, 5 and 10 in percent, from images to texts (I2T) and from texts to images (T2I).
+
+    All captions of an image count. The paper's tables use the first caption of each image alone,
+    so there are two scores for that too.
+    """
+    img = embed_images(model, data.images, workers)
+    txt = embed_texts(model, data.captions)
+    owners = torch.tensor(data.owner, device=model.device)
+    themselves = torch.arange(len(img), device=model.device)
+    scores = {}
+    for k, recall in recalls(img, txt, themselves, owners).items():
+        scores[f"I2T R@{k}"] = recall
+    for k, recall in recalls(txt, img, owners, themselves).items():
+        scores[f"T2I R@{k}"] = recall
+    if len(txt) > len(img):
+        txt = txt[data.first]
+        scores["first-caption I2T R@1"] = recalls(img, txt, themselves, themselves)[1]
+        scores["first-caption T2I R@1"] = recalls(txt, img, themselves, themselves)[1]
+    return scores
+
+
+def evaluate(model, zeroshot, retrieval, workers=0):
+    """{name of the set: {metric: percent}}. The model is in the same mode afterwards."""
+    in_training = [module for module in model.net.modules() if module.training]
+    model.net.eval()
+    if WORLD > 1:
+        for buffer in model.net.buffers():  # each process has its own statistics of batch norm
+            dist.broadcast(buffer, 0)
+    scores = {}
+    for name, data in zeroshot.items():
+        scores[name] = {"top-1": zero_shot(model, data, workers)}
+    for name, data in retrieval.items():
+        scores.setdefault(name, {})  # one name may stand for both, as in the demo
+        scores[name].update(retrieval_scores(model, data, workers))
+    for module in in_training:
+        module.training = True
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run. A run can be killed at any moment, so a file is written under another name
+# and then renamed: no file is ever half of the old and half of the new. The checkpoint is written
+# last. A run that continues from it takes later lines out of the log and does those steps again.
+
+# A run is continued only with the same values of these flags, and of all --lambda-*.
+RECIPE = ("student", "student_pretrained", "teacher", "teacher_pretrained", "keep_teacher_text")
+RECIPE += ("mask_ratio", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed")
+
+
+@contextmanager
+def replacing(path):
+    """Opens a file that takes the place of `path` once all of it is on the disk."""
+    with open(f"{path}.tmp", "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+@contextmanager
+def locked(folder):
+    """Makes the folder and refuses it if another run is at work there.
+
+    SQLite can lock a file on every operating system. Loaders do not inherit such a lock, and it
+    ends with its process, however that ends.
+    """
+    folder = Path(folder)
+    problem = lock = None
+    if RANK == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+            lock.execute("PRAGMA journal_mode = MEMORY")
+            lock.execute("BEGIN EXCLUSIVE")
+        except (OSError, sqlite3.Error) as error:
+            problem = f"--out {folder} cannot be used or locked ({error}); give another --out"
+            if "is locked" in str(error):
+                problem = f"--out {folder}: another run is at work there; give another --out"
+    problem = from_process_0(problem)
+    if problem:
+        raise BadInput(problem)
+    try:
+        yield folder
+    finally:
+        if lock:
+            lock.close()
+
+
+def get_recipe(args, num_pairs):
+    """{flag: value} of what must stay the same when a run is continued."""
+    recipe = {"pairs": num_pairs}
+    for name, value in vars(args).items():
+        if name in RECIPE or name.startswith("lambda_"):
+            recipe[f"--{name.replace('_', '-')}"] = value
+    return recipe
+
+
+def save_checkpoint(out, recipe, distiller, optimizer, progress, result, log):
+    if RANK == 0:
+        state = {"recipe": recipe, "progress": progress, "result": result, "log_size": log.size()}
+        state["distiller"] = distiller.state_dict()
+        state["optimizer"] = optimizer.state_dict()
+        with replacing(out / "checkpoint.pt") as file:
+            torch.save(state, file)
+    wait_for_process_0()
+
+
+def load_checkpoint(out, recipe, distiller, optimizer):
+    """How far the run has come, its last result, and the size of its log by then.
+
+    Distiller and optimizer get the state that they had then.
+    """
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "data_wait": 0.0, "skipped": 0}, None, 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["recipe"]
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        raise BadInput(f"{path}: cannot be read: {error!r}; move it away to begin anew") from error
+    for flag, value in recipe.items():
+        if before.get(flag) != value:
+            change = f"{flag} was {before.get(flag)} and is {value} now"
+            raise BadInput(f"{path} is of another run: {change}; give another --out")
+    distiller.load_state_dict(state["distiller"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["progress"], state["result"], state["log_size"]
+
+
+def check_finite(means, distiller, step):
+    """Ends the run before NaN or infinity is saved."""
+    weights = [parameter.isfinite().all() for parameter in distiller.parameters()]
+    if not math.isfinite(means["total"]) or not torch.stack(weights).all():
+        advice = "try a lower --lr or other lambdas, with another --out"
+        raise BadInput(
+            f"at step {step} the losses or the weights are not finite: {means}; {advice}"
+        )
+
+
+class Log:
+    """Writes JSON objects to log.jsonl, one per line. Only process 0 does."""
+
+    def __init__(self, path, size, args):
+        self.file = None
         if RANK == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            with explain(f"--out {args.out}", "another run is at work there? End it, or give another --out"):
-                lock = sqlite3.connect(self.out / "lock", timeout=0, isolation_level=None)
-                lock.executescript("PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE")  # until this process ends
-            self.callback(lock.close)
+            self.file = open(path, "ab")
+            self.file.truncate(size)  # the lines after the last checkpoint will come again
+            if size == 0:
+                self.write({"args": vars(args), "processes": WORLD, "torch": torch.__version__})
 
-    def on_signal(self, number, frame):
-        if not self.patient:
-            raise KeyboardInterrupt
-        self.signals.append(number)
-
-    def resume(self, pairs, teacher, steps, per_epoch):
-        """Go on from checkpoint.pt, if there is one of this recipe; open the log; from here signals wait."""
-        recipe = {f"--{k.replace('_', '-')}": v for k, v in vars(self.args).items() if RECIPE.fullmatch(k)}
-        recipe |= {"pairs": pairs, "--student": re.sub("(?<=[:=])[^:=]*/", "", self.args.student)}  # may move
-        bits = teacher and sum(w.view(torch.int).sum().item() for w in teacher.net.parameters())
-        recipe["teacher's weights, as a sum"] = bits  # of integers, which is the same in any order
-        self.recipe, self.per_epoch, path = recipe, per_epoch, self.out / "checkpoint.pt"
-        if path.exists():
-            with explain(f"{path}: cannot be read", "if it is damaged, move the folder away to start afresh"):
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                before = saved["recipe"]
-            for key, value in recipe.items():
-                words = f"{path}: is of a run with {key} {before.get(key)}, this command has {value}"
-                need(before.get(key) == value, f"{words}; give the same flags, or another --out")
-            with explain(f"{path}: is of another student"):
-                for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
-            vars(self).update((name, saved[name]) for name in PROGRESS)
-        self.begin = time.perf_counter() - self.seconds  # of the run, without the time that it was not there
-        self.log = self.enter_context(open(self.out / "log.jsonl" if RANK == 0 else os.devnull, "a"))
-        if RANK == 0:  # lines that came after the checkpoint will come again
-            self.log.truncate(min(self.log_end, os.path.getsize(self.log.name)))
-        if not self.step:
-            self.write(args=vars(self.args), ranks=WORLD, versions=[torch.__version__, open_clip.__version__])
-        bar = tqdm(total=steps, desc=self.args.out, initial=self.step, unit="step", disable=RANK > 0)
-        self.bar = self.enter_context(bar)
-        for number in STOPS:
-            if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # which nohup sets
-                self.callback(signal.signal, number, signal.signal(number, self.on_signal))
-
-    def write(self, **record):
-        self.seconds = time.perf_counter() - self.begin
-        record = {"step": self.step, "epoch": self.step / self.per_epoch, "seconds": self.seconds, **record}
-        print(json.dumps(record), file=self.log, flush=True)
+    def write(self, record):
+        """Returns the record."""
+        if self.file:
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
         return record
 
-    def batches(self, pairs, steps, device):
-        """Images and tokens of each step on the device; adds up the seconds waited and the pairs skipped."""
-        keys = pairs.keys(self.args.batch_size, self.step, steps)
-        options = {"num_workers": self.args.workers, "pin_memory": device.type == "cuda"}
-        loader = DataLoader(pairs, None, sampler=keys, worker_init_fn=ignore_signals, **options)
-        begin = time.perf_counter()
-        for images, tokens, unread in loader:
-            self.waited, self.skipped = self.waited + time.perf_counter() - begin, self.skipped + unread
-            torch.manual_seed(hash((self.args.seed, self.step, RANK)))  # of the step: masks, stochastic depth
-            k = min(1 + len(images) // 32, len((tokens[0].argmax(1) // 32).unique()))  # parts, no small ones
-            move = partial(torch.Tensor.to, device=device, non_blocking=True)
-            yield move(images), [[(move(p), int(p.argmax(1).max())) for p in t.chunk(k)] for t in tokens]
-            begin = time.perf_counter()
-
-    def end_step(self):
-        """The number of a signal that any process got, or 0. The hosts agree on it: no GPU is waited for."""
-        self.step += 1
-        self.bar.update()
-        number = torch.tensor(max(self.signals, default=0))
-        if WORLD > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return number.item()
-
-    def means(self, values, weights=()):
-        """{loss: mean over the processes}; waits for the device. What is not finite ends the run, unsaved."""
-        means = torch.stack([*values.values()]).detach()
-        if WORLD > 1:
-            dist.all_reduce(means)
-        means = dict(zip(values, (means / WORLD).tolist()))
-        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
-        bad += [name for name, weight in weights if not weight.isfinite().all()]
-        advice = "try a lower --lr or lambda, with another --out; what was saved before is kept"
-        need(not bad, f"--lr {self.args.lr}: at step {self.step} not finite: {', '.join(bad[:3])}; {advice}")
-        return means
-
-    def log_losses(self, values, **more):
-        means = self.means(values)
-        speed = self.step * self.args.batch_size / (time.perf_counter() - self.begin)
-        self.write(**means, **more, data_wait=self.waited, pairs_per_s=speed, skipped=self.skipped)
-        self.bar.set_postfix(loss=f"{means['total']:.3f}", skipped=self.skipped)
-
-    def save(self, values=None, stop=0):
-        """student/, then checkpoint.pt; no loss or weight that is not finite. stop: the signal to end by."""
-        if values:
-            self.means(values, self.parts["model"].named_parameters())
-        if RANK == 0:
-            self.student.export(self.out / "student")
-            self.seconds, self.log_end = time.perf_counter() - self.begin, os.path.getsize(self.log.name)
-            state = {"recipe": self.recipe, **{name: getattr(self, name) for name in PROGRESS}}
-            state |= {name: part.state_dict() for name, part in self.parts.items()}
-            replace(self.out / "checkpoint.pt", partial(torch.save, state))
-        from_process_0()  # from here on both are there for every process
-        if stop:
-            say(f"saved at step {self.step}; the same command continues from there")
-            sys.exit(128 + stop)
+    def size(self):
+        return self.file.tell()
 
 
-# ---- Demo: Table 5 in miniature. A teacher that saw many clean pairs, students with few and noisy ones, in a
-# world of coloured letters. Real files, and the same train() as any run.
-DEMO = {"student": "demo-student", "teacher": "demo-teacher", "epochs": 16, "batch_size": 64}
-DEMO |= {"lambda_fd": 250.0, "save_every": 300, "eval_every": 0}
-TEACHER_EPOCHS, TEACHER_PAIRS, STUDENT_PAIRS = 3, 20_000, 2_000
+def show(bar, step, steps, total, skipped, problems):
+    """The loss beside the progress bar. Where there is no terminal, a line for the log file."""
+    status = f"loss {total:.3f}"
+    if skipped:
+        status += f", {skipped} pairs were replaced"
+    if problems:
+        say(f"warning: could not be read and was replaced: {problems[0]}")
+    if bar.disable:
+        say(f"step {step} of {steps}: {status}")
+    else:
+        bar.set_postfix_str(status)
+
+
+# --------------------------------------------------------------------------------------------------
+# The demo: Table 5 of the paper in miniature. The teacher has seen many clean pairs, and the
+# students few and noisy ones. Their world is made of coloured letters. Some combinations of colour
+# and letter are held out, which means that no model sees them in training.
+
+DEMO = {
+    "student": "demo-student",
+    "teacher": "demo-teacher",
+    "teacher_pretrained": None,
+    "epochs": 16,
+    "batch_size": 64,
+    "lambda_fd": 250.0,  # as strong as 2000 at a width of 512: the demo's is 64
+    "eval_every": 0,
+}
+TEACHER_EPOCHS = 3
+TEACHER_PAIRS = 20_000
+STUDENT_PAIRS = 2_000
 COLOURS = "red green blue yellow orange purple pink cyan brown olive".split()
 LETTERS = "C E H L O S T V X Z".split()
-SIZES = {"small": 20, "large": 28}  # of the font, pixels
-PLACES = {"in the middle": (16, 16), "in the top left": (11, 11), "in the top right": (21, 11)}  # x, y
-PLACES |= {"in the bottom left": (11, 21), "in the bottom right": (21, 21)}
+SIZES = {"small": 20, "large": 28}  # of the font
+PLACES = {
+    "in the middle": (16, 16),  # x and y of the letter's centre
+    "in the top left": (11, 11),
+    "in the top right": (21, 11),
+    "in the bottom left": (11, 21),
+    "in the bottom right": (21, 21),
+}
 GROUNDS = "black gray white navy".split()
 
 
 def draw(colour, letter, size, place, ground, random):
-    """A picture of 32 x 32 pixels, with jitter, rotation and noise."""
-    picture, centre = Image.new("RGB", (32, 32), ground), tuple(PLACES[place] + random.uniform(-1, 1, 2))
+    """An image of 32 x 32 pixels. It is moved, turned and made noisy at random."""
+    image = Image.new("RGB", (32, 32), ground)
+    centre = tuple(PLACES[place] + random.uniform(-1, 1, 2))
     font = ImageFont.load_default(SIZES[size] + random.uniform(-2, 2))
-    ImageDraw.Draw(picture).text(centre, letter, colour, font, anchor="mm", stroke_width=1)
-    pixels = picture.rotate(random.uniform(-8, 8), Image.Resampling.BILINEAR, 0, centre, None, ground)
-    return Image.fromarray((pixels + random.uniform(-12, 12, (32, 32, 3))).clip(0, 255).astype(np.uint8))
+    ImageDraw.Draw(image).text(centre, letter, colour, font, anchor="mm", stroke_width=1)
+    angle = random.uniform(-8, 8)
+    image = image.rotate(angle, Image.Resampling.BILINEAR, center=centre, fillcolor=ground)
+    pixels = np.array(image) + random.uniform(-12, 12, (32, 32, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def describe(colour, letter, size, place, ground, complete, random):
+    """A caption. As on the web, it may leave things out, unless it is to be complete."""
+
+    def maybe(words):
+        chance = 1 if complete else 0.6
+        return words if random.random() < chance else ""
+
+    colour = maybe(colour)
+    size = maybe(size)
+    place = maybe(place)
+    ground = maybe(f"on a {ground} background")
+    start = random.choice(["a", "a photo of a", "a picture of a"])
+    words = f"{start} {size} {colour} {letter} {place} {ground}".split()
+    return " ".join(words)
+
+
+def write_set(folder, things, random, complete=False, share_wrong=0, seen=None):
+    """Write images of things into class folders, and a TSV beside them with their captions.
+
+    The share `share_wrong` of the captions names the colour and letter of another seen thing.
+    """
+    for colour, letter in itertools.product(COLOURS, LETTERS):  # every set has all 100 classes
+        (folder / f"{colour} {letter}").mkdir(parents=True, exist_ok=True)
+    lines = ["filepath\ttitle"]
+    for number, (colour, letter, size, place, ground) in enumerate(things):
+        file = f"{colour} {letter}/{number:05d}.jpg"
+        draw(colour, letter, size, place, ground, random).save(folder / file, quality=90)
+        if random.random() < share_wrong:
+            colour, letter = random.choice(seen)[:2]
+        caption = describe(colour, letter, size, place, ground, complete, random)
+        lines.append(f"{folder.name}/{file}\t{caption}")
+    folder.with_suffix(".tsv").write_text("\n".join(lines))
 
 
 def make_world(folder, seed):
-    """Write four sets, each a TSV of captions and a tree of class folders at once. As on the web, a caption
-    may leave attributes out (one is kept with chance `kept`) or, with chance `wrong`, name another kind."""
-    random, temporary = np.random.default_rng(seed), folder.with_suffix(".tmp")
-    kinds = [*itertools.product(COLOURS, LETTERS)]
-    hidden = [kind for i, kind in enumerate(kinds) if (i // 10 + 3 * i) % 5 == 0]  # 20 are never trained on
-    every = [*itertools.product(COLOURS, LETTERS, SIZES, PLACES, GROUNDS)]  # 4000
-    seen, unseen = ([row for row in every if (row[:2] in hidden) == held_out] for held_out in (False, True))
-    sets = {"teacher": (random.choice(seen, TEACHER_PAIRS), 0.6, 0)}
-    sets["students"] = random.choice(seen, STUDENT_PAIRS), 0.6, 0.1
-    sets["seen"] = random.permutation(seen)[:1000], 1, 0  # 1000 different captions
-    sets["held-out"] = random.permutation(unseen)[:500], 1, 0
-    for name, (rows, kept, wrong) in sets.items():
-        for kind in kinds:  # all 100 in every set: the same choice for seen and held-out pictures
-            (temporary / name / " ".join(kind)).mkdir(parents=True, exist_ok=True)
-        lines = ["filepath\ttitle"]
-        for i, row in enumerate(rows):
-            file = f"{name}/{row[0]} {row[1]}/{i:05d}.jpg"
-            draw(*row, random).save(temporary / file, quality=90)
-            colour, letter = random.choice(seen)[:2] if random.random() < wrong else row[:2]
-            colour, size, place, ground = (x if random.random() < kept else "" for x in (colour, *row[2:]))
-            start = random.choice(["a", "a photo of a", "a picture of a"])
-            words = (start, size, colour, letter, place, ground and f"on a {ground} background")
-            lines.append(f"{file}\t{' '.join(filter(None, words))}")
-        (temporary / f"{name}.tsv").write_text("\n".join(lines))
+    """Write four sets: for the teacher, for the students, and two to test on."""
+    random = np.random.default_rng(seed)
+    held_out = set()  # two letters of each colour; each letter is held out in two colours
+    for i, colour in enumerate(COLOURS):
+        for j, letter in enumerate(LETTERS):
+            if (i + 3 * j) % 5 == 0:
+                held_out.add((colour, letter))
+    things = list(itertools.product(COLOURS, LETTERS, SIZES, PLACES, GROUNDS))  # 4000
+    seen = [thing for thing in things if thing[:2] not in held_out]
+    unseen = [thing for thing in things if thing[:2] in held_out]
+    for_teacher = random.choice(seen, TEACHER_PAIRS)
+    for_students = random.choice(seen, STUDENT_PAIRS)
+    test_seen = random.permutation(seen)[:1000]
+    test_unseen = random.permutation(unseen)[:500]
+
+    temporary = folder.with_suffix(".tmp")  # renamed when all of it is there
+    write_set(temporary / "teacher", for_teacher, random)
+    write_set(temporary / "students", for_students, random, share_wrong=0.1, seen=seen)
+    write_set(temporary / "seen", test_seen, random, complete=True)
+    write_set(temporary / "held-out", test_unseen, random, complete=True)
     temporary.rename(folder)
 
 
 def demo(args, device):
-    """Write the world; train teacher, student alone and student with CLIP-KD; print a table of the three."""
-    torch.set_num_threads(max(1, CORES // LOCAL_WORLD // 2))  # the other half is for loading
-    for flag in ("student", "teacher"):
-        OpenClip(getattr(args, flag), f"--{flag}")  # a wrong name is told before anything is written
-    root = f"{args.out}/seed{args.seed}"
-    if RANK == 0 and not os.path.exists(f"{root}/data"):
-        make_world(Path(root, "data"), args.seed)
-    from_process_0()
-    args.val_data, args.train_data = [f"seen={root}/data/seen.tsv"], [f"{root}/data/students.tsv"]
-    args.zeroshot = [f"{name}={root}/data/{name}" for name in ("seen", "held-out")]
-    alone = {f"lambda_{name}": float(name == "clip") for name in LOSSES}
-    runs = {"teacher": {**alone, "student": args.teacher, "epochs": TEACHER_EPOCHS}}
-    runs["teacher"]["train_data"] = [f"{root}/data/teacher.tsv"]
-    runs |= {"student alone": alone, "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"}}
-    report = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |", "|---" * 7 + "|"]
+    """Train a teacher, a student alone, and the same student with CLIP-KD. Prints a table."""
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // 2))  # the other half loads images
+    root = Path(args.out, f"seed{args.seed}")
+    with locked(root):
+        if RANK == 0 and not (root / "data").exists():
+            make_world(root / "data", args.seed)
+        wait_for_process_0()
+
+    args.train_data = [f"{root}/data/students.tsv"]
+    args.val_data = [f"seen={root}/data/seen.tsv"]
+    args.zeroshot = [f"seen={root}/data/seen", f"held-out={root}/data/held-out"]
+    alone = {f"lambda_{name}": 0 for name in LOSSES if name != "clip"}
+    as_teacher = {"student": args.teacher, "epochs": TEACHER_EPOCHS}
+    as_teacher["train_data"] = [f"{root}/data/teacher.tsv"]
+    runs = {
+        "teacher": {**alone, **as_teacher},  # it learns as a student alone would
+        "student alone": alone,
+        "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"},
+    }
+    table = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |"]
+    table.append("|---" * 7 + "|")
     for name, changes in runs.items():
-        out = f"{root}/{re.sub('[^a-z]+', '-', name.lower())}"
-        row = train(argparse.Namespace(**{**vars(args), **changes, "out": out}), device)
-        a, b = row["eval"].values()  # seen, held-out
-        cells = " | ".join(f"{x:.1f}" for x in (a["top-1"], b["top-1"], a["I2T R@1"], a["T2I R@1"]))
-        report.append(f"| {name} | {cells} | {row['parameters'] / 1e6:.1f} M | {row['seconds']:.0f} s |")
+        out = f"{root}/{name.lower().replace(' + ', '-').replace(' ', '-')}"
+        run = argparse.Namespace(**{**vars(args), **changes, "out": out})
+        record = train(run, device)
+        seen = record["eval"]["seen"]
+        held_out = record["eval"]["held-out"]
+        row = f"| {name} | {seen['top-1']:.1f} | {held_out['top-1']:.1f} "
+        row += f"| {seen['I2T R@1']:.1f} | {seen['T2I R@1']:.1f} "
+        row += f"| {record['parameters'] / 1e6:.1f} M | {record['seconds']:.0f} s |"
+        table.append(row)
     if RANK == 0:
-        print("", *report, sep="\n")
+        print("", *table, sep="\n")
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def print_scores(scores):
+    if RANK == 0:
+        for name, metrics in scores.items():
+            cells = [f"{metric} {value:.4g}" for metric, value in metrics.items()]
+            print(f"{name}: {', '.join(cells)}")
 
 
 def main():
-    logging.disable(), logging.captureWarnings(True)  # new students have no weights, pictures are odd
-    args, scores, device = get_args(), {}, setup()
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that a new model has no weights
+    warnings.filterwarnings("ignore", module="PIL")  # odd images are read as well as they can be
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII can print any name
+    args = get_args()
+    device = setup()
     if args.demo:
         demo(args, device)
     elif args.eval_only:
-        sets = read_evaluations(args)
-        scores = evaluate(OpenClip(args.student, "--student", device, frozen=True), *sets, args.workers)
+        zeroshot, retrieval = read_evaluations(args)
+        student = OpenClip(args.student, args.student_pretrained, device, frozen=True)
+        print_scores(evaluate(student, zeroshot, retrieval, args.workers))
     else:
-        scores = train(args, device)["eval"]
+        record = train(args, device)
+        print_scores(record["eval"])
         say(f"the student is in {args.out}/student")
-    for name, values in scores.items() if RANK == 0 else ():
-        print(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in values.items()))
     if WORLD > 1:
-        dist.barrier(), dist.destroy_process_group()  # without the barrier gloo may abort
+        dist.barrier()  # gloo may abort a process whose peers have left
+        dist.destroy_process_group()
+
+
+def end_with(error):
+    """Tell the user in one line and return the exit code. Only a bug keeps its traceback."""
+    if RANK > 0:
+        time.sleep(5)  # torchrun ends this process as soon as process 0 has told its reason
+    if isinstance(error, KeyboardInterrupt):
+        say("stopped; the same command continues from the last checkpoint.pt in --out")
+        return 130
+    if not isinstance(error, BadInput):
+        raise error
+    message = str(error).split("BadInput: ")[-1]  # before it is the traceback of a loader process
+    message = " ".join(message.split())
+    if len(message) > 1000:
+        message = f"{message[:700]} ... {message[-200:]}"
+    print(f"clipkd.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (BadInput, OSError) as error:
-        time.sleep(2 * (RANK > 0))  # torchrun ends all once rank 0 has ended: one message instead of many
-        print("clipkd.py: error:", str(error).split("BadInput: ")[-1].strip(), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nclipkd.py: stopped; the same command goes on from what was saved", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        sys.exit(end_with(error))
