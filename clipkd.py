@@ -38,7 +38,6 @@ import tempfile
 import time
 import warnings
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -212,7 +211,7 @@ def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, to
     """One step, which never waits for the GPU. Returns {name: loss} and their weighted "total".
 
     model: the Distiller, or DDP around it
-    student, teacher: of class OpenClip; teacher is None if only the task loss is used
+    student, teacher: of class OpenClip; teacher is None if no loss needs one
     images: uint8 [n, 3, S, S]; tokens_s, tokens_t: their captions for student and teacher
     """
     images_s = student.preprocess(images)
@@ -256,11 +255,13 @@ def train(args, device, distiller_class=Distiller):
         steps_per_epoch = count_steps(pairs, args.batch_size)
         steps = args.epochs * steps_per_epoch
         eval_every = args.eval_every * steps_per_epoch  # in steps
-        recipe = get_recipe(args, len(pairs))
+        recipe = get_recipe(args, files)
         progress, result, log_size = load_checkpoint(out, recipe, distiller, optimizer)
         begin = progress["step"]
+        if begin == steps:
+            say("this run has finished before; --eval-only can score its student on other data")
         log = Log(out / "log.jsonl", log_size, args)
-        loader = load_batches(pairs, args, begin, steps, device)
+        loader = make_loader(pairs, args, begin, steps, device)
         bar = tqdm(loader, args.out, total=steps, initial=begin, disable=HIDE_BAR)
         started = time.time() - progress["seconds"]  # as if the run had never been interrupted
         waiting_since = time.time()
@@ -308,19 +309,20 @@ def load_models(args, lambdas, device):
     """The student in training mode, and the teacher, which is None if no loss needs one."""
     torch.manual_seed(args.seed)  # a seed gives the student the same first weights
     student = OpenClip(args.student, args.student_pretrained, device)
-    teacher = None
-    if args.keep_teacher_text or any(lambdas[name] for name in lambdas if name != "clip"):
-        teacher = OpenClip(args.teacher, args.teacher_pretrained, device, frozen=True)
     student.net.train()
+    needs_teacher = any(lambdas[name] for name in lambdas if name != "clip")
+    teacher = None
+    if needs_teacher or args.keep_teacher_text:
+        teacher = OpenClip(args.teacher, args.teacher_pretrained, device, frozen=True)
     if args.keep_teacher_text:
         student = with_text_tower_of(teacher, student)
     if args.grad_checkpointing:
-        student.checkpoint_gradients()
-    if teacher and has_bfloat16(device):
+        student.recompute_activations()
+    if needs_teacher and has_bfloat16(device):
         # Autocast would cast these weights to bfloat16 anew in every step. The text tower stays in
         # float32, since its sum of residuals would lose precision.
         convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
-    return student, teacher
+    return student, teacher if needs_teacher else None
 
 
 def make_optimizer(distiller, lr, weight_decay):
@@ -342,7 +344,7 @@ def make_optimizer(distiller, lr, weight_decay):
     image_tower = distiller.student_net.visual
     is_vit = isinstance(image_tower, VisionTransformer)
     if hasattr(image_tower, "trunk"):  # an image tower from timm
-        is_vit = "vit" in image_tower.trunk.default_cfg["architecture"]
+        is_vit = "vit" in image_tower.trunk.default_cfg.get("architecture", "")
     if is_vit:
         return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
@@ -356,8 +358,8 @@ def lr_at(step, steps, warmup, peak):
     warmup = min(warmup, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    return peak * (1 + math.cos(math.pi * progress)) / 2
+    share = (step - warmup) / (steps - warmup)  # of the way down
+    return peak * (1 + math.cos(math.pi * share)) / 2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -376,11 +378,26 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; --help explains the flags")
 
 
-def count(text):
-    """The type of flags that are whole numbers from 1 on."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+def positive(text):
+    """The type of a flag that is a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
+
+
+def natural(text):
+    """The type of a flag that is a whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
+def amount(text):
+    """The type of a flag that is a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return number
 
 
 def get_args(argv=None):
@@ -391,7 +408,7 @@ def get_args(argv=None):
     add("--train-data", nargs="+", help="TSV or CSV (filepath, title), tars, folders of tars")
     add("--val-data", nargs="+", default=[], help="score retrieval on these; [NAME=]FILE")
     add("--zeroshot", nargs="+", default=[], help="score these folders of classes; [NAME=]FOLDER")
-    add("--workers", type=int, help="processes that load data (all cores but one; on a CPU half)")
+    add("--workers", type=natural, help="loader processes (all cores but one; half on a CPU)")
     names = "names and tags of open_clip; also local-dir:DIR, hf-hub:ORG/NAME, FILE.json"
     add = parser.add_argument_group("models", names).add_argument
     add("--student", default="ViT-T-16", help="of open_clip, or one of the paper's: ViT-T-16, "
@@ -403,26 +420,26 @@ def get_args(argv=None):
         help="train an image tower alone, beside the teacher's text tower")
     total = "the total is the sum of lambda * loss, and 0 switches a loss off"
     add = parser.add_argument_group("losses", total).add_argument
-    add("--lambda-clip", type=float, default=1, help="the task itself (%(default)s)")
-    add("--lambda-crd", type=float, default=1, help="contrastive relations (%(default)s)")
-    add("--lambda-fd", type=float, default=2000, help="features (%(default)s; demo: 250)")
-    add("--lambda-icl", type=float, default=1, help="interactive contrast (%(default)s)")
-    add("--lambda-mfd", type=float, default=0, help="masked features (%(default)s; paper: 2000)")
-    add("--lambda-gd", type=float, default=0, help="gradients (%(default)s; paper: 1e8)")
-    add("--lambda-afd", type=float, default=0, help="augmented features (%(default)s; try 1)")
-    add("--mask-ratio", type=float, default=0.75, help="what MFD hides of an image (%(default)s)")
+    add("--lambda-clip", type=amount, default=1, help="the task itself (%(default)s)")
+    add("--lambda-crd", type=amount, default=1, help="contrastive relations (%(default)s)")
+    add("--lambda-fd", type=amount, default=2000, help="features (%(default)s; demo: 250)")
+    add("--lambda-icl", type=amount, default=1, help="interactive contrast (%(default)s)")
+    add("--lambda-mfd", type=amount, default=0, help="masked features (%(default)s; paper: 2000)")
+    add("--lambda-gd", type=amount, default=0, help="gradients (%(default)s; paper: 1e8)")
+    add("--lambda-afd", type=amount, default=0, help="augmented features (%(default)s; try 1)")
+    add("--mask-ratio", type=amount, default=0.75, help="what MFD hides of an image (%(default)s)")
     add = parser.add_argument_group("optimiser: AdamW with warm-up, then a cosine").add_argument
-    add("--epochs", type=count, default=32, help="(%(default)s)")
-    add("--batch-size", type=count, default=1024, help="over all processes (%(default)s)")
-    add("--lr", type=float, default=1e-3, help="its peak (%(default)s)")
-    add("--weight-decay", type=float, default=0.1, help="not of biases and norms (%(default)s)")
-    add("--warmup", type=int, default=10_000, help="steps, at most a tenth of all (%(default)s)")
+    add("--epochs", type=positive, default=32, help="(%(default)s)")
+    add("--batch-size", type=positive, default=1024, help="over all processes (%(default)s)")
+    add("--lr", type=amount, default=1e-3, help="its peak (%(default)s)")
+    add("--weight-decay", type=amount, default=0.1, help="not of biases and norms (%(default)s)")
+    add("--warmup", type=natural, default=10_000, help="steps, at most a tenth (%(default)s)")
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", help="its folder; a checkpoint there is continued (%(default)s)")
-    add("--seed", type=int, default=0, help="(%(default)s)")
-    add("--log-every", type=count, default=50, help="steps (%(default)s)")
-    add("--save-every", type=count, default=1000, help="steps; also at evaluations (%(default)s)")
-    add("--eval-every", type=int, default=1, help="epochs; 0 is only at the end (%(default)s)")
+    add("--seed", type=natural, default=0, help="(%(default)s)")
+    add("--log-every", type=positive, default=50, help="steps (%(default)s)")
+    add("--save-every", type=positive, default=1000, help="steps, and evaluations (%(default)s)")
+    add("--eval-every", type=natural, default=1, help="epochs; 0 is only at the end (%(default)s)")
     add("--eval-only", action="store_true", help="score --student and do nothing else")
     add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
     # fmt: on
@@ -451,13 +468,12 @@ def check_args(args):
         return
     if args.batch_size % WORLD or args.batch_size < 2:
         raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {WORLD} from 2 on")
-    weights = get_lambdas(args).values()
-    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
-        raise BadInput("--lambda-*: must be numbers from 0 on, and one of them more than 0")
-    if not 0 <= args.mask_ratio < 1:
-        raise BadInput(f"--mask-ratio {args.mask_ratio}: must be at least 0 and less than 1")
-    if args.keep_teacher_text and (args.student_pretrained or ":" in args.student):
-        raise BadInput("--keep-teacher-text: needs a --student without weights of its own")
+    if not any(get_lambdas(args).values()):
+        raise BadInput("--lambda-*: all are 0; give at least one loss a weight")
+    if args.mask_ratio >= 1:
+        raise BadInput(f"--mask-ratio {args.mask_ratio}: must be less than 1")
+    if args.keep_teacher_text and (args.demo or args.student_pretrained or ":" in args.student):
+        raise BadInput("--keep-teacher-text: needs --train-data and a --student without weights")
 
 
 def get_lambdas(args):
@@ -467,7 +483,7 @@ def get_lambdas(args):
 
 
 def available_cores():
-    """The cores for this process. In a container they can be fewer than the machine's."""
+    """The cores for this process, of those that may be used."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -559,6 +575,45 @@ def is_torchscript(file):
     return any("/code/" in name for name in zipfile.ZipFile(file).namelist())
 
 
+def build_model(name, pretrained, frozen):
+    """A model of open_clip, its tokenizer and its configuration. See OpenClip for the arguments."""
+    asked = f"model {name}, weights {pretrained}"
+    known = {}  # what open_clip knows about the weights
+    try:
+        if name in STUDENTS:
+            name = add_architecture(STUDENTS[name])
+        elif name.endswith(".json"):
+            name = add_architecture(json.loads(Path(name).read_text("utf-8")))
+        elif ":" not in name:
+            name = name.replace("/", "-")  # as in ViT-B/16
+            check_name(name, pretrained)
+            known = open_clip.get_pretrained_cfg(name, pretrained or "")
+        is_file = pretrained is not None and not known
+        quick_gelu = known.get("quick_gelu", False)  # OpenAI's activation
+        net = open_clip.create_model(
+            name,
+            pretrained,
+            require_pretrained=frozen,
+            force_quick_gelu=quick_gelu,
+            weights_only=not (is_file and is_torchscript(pretrained)),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+        config = open_clip.get_model_config(name)
+    except BadInput:
+        raise
+    except Exception as error:  # open_clip, timm and torch raise nearly anything on a bad file
+        raise BadInput(f"{asked}: cannot be loaded: {error!r}") from error
+    if quick_gelu:
+        config["quick_gelu"] = True
+    if "multimodal_cfg" in config and not frozen:
+        raise BadInput(f"{asked}: a CoCa has a decoder, and no loss here trains it")
+    if not all(parameter.isfinite().all() for parameter in net.parameters()):
+        raise BadInput(f"{asked}: its weights are not finite (they have NaN or infinity)")
+    if is_file:
+        warn_of_other_preprocessing(name, pretrained)
+    return net, tokenizer, config
+
+
 class OpenClip:
     """A model of open_clip (`net`) with its tokenizer, its configuration and its preprocessing.
 
@@ -570,53 +625,23 @@ class OpenClip:
     def __init__(self, name, pretrained=None, device="cpu", frozen=False):
         if ":" in name:
             pretrained = None  # a folder or a repository has weights of its own
-        title = f"model {name}, weights {pretrained}"
-        tag = {}  # what open_clip knows about the weights
-        try:
-            if name in STUDENTS:
-                name = add_architecture(STUDENTS[name])
-            elif name.endswith(".json"):
-                name = add_architecture(json.loads(Path(name).read_text("utf-8")))
-            if ":" not in name:
-                name = name.replace("/", "-")  # as in ViT-B/16
-                check_name(name, pretrained)
-                tag = open_clip.get_pretrained_cfg(name, pretrained or "")
-            is_file = pretrained is not None and not tag
-            if is_file:
-                warn_of_other_preprocessing(name, pretrained)
-            quick_gelu = tag.get("quick_gelu", False)  # OpenAI's activation
-            self.net = open_clip.create_model(
-                name,
-                pretrained,
-                require_pretrained=frozen,
-                force_quick_gelu=quick_gelu,
-                weights_only=not (is_file and is_torchscript(pretrained)),
-            )
-            self.net.to(device).eval().requires_grad_(not frozen)
-            self.tokenizer = open_clip.get_tokenizer(name)
-            self.config = open_clip.get_model_config(name)
-            if quick_gelu:
-                self.config["quick_gelu"] = True
-            self.device = device
-            self.dim = self.config["embed_dim"]  # D, the width of its embeddings
-            self.preprocess_cfg = self.net.visual.preprocess_cfg  # size, mean, std, ...
-            self.size = int(np.max(self.preprocess_cfg["size"]))
-            self.mean = torch.tensor(self.preprocess_cfg["mean"], device=device).view(3, 1, 1)
-            self.std = torch.tensor(self.preprocess_cfg["std"], device=device).view(3, 1, 1)
-            self.skips_padding = can_skip_padding(self.net)
-            with torch.no_grad():  # some configurations fail only here
-                blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
-                self.net.encode_image(self.preprocess(blank))
-        except BadInput:
-            raise
-        except Exception as error:  # open_clip, timm and torch raise nearly anything on bad files
-            raise BadInput(f"{title}: cannot be loaded: {error!r}") from error
+        self.net, self.tokenizer, self.config = build_model(name, pretrained, frozen)
+        self.net.to(device).eval().requires_grad_(not frozen)
         if getattr(self.net, "logit_bias", None) is not None:
             self.net.logit_bias.requires_grad_(False)  # SigLIP's bias, which no loss here uses
-        if "multimodal_cfg" in self.config and not frozen:
-            raise BadInput(f"{title}: a CoCa has a decoder, and no loss here trains it")
-        if not all(parameter.isfinite().all() for parameter in self.net.parameters()):
-            raise BadInput(f"{title}: its weights are not finite (they have NaN or infinity)")
+        self.device = device
+        self.dim = self.config["embed_dim"]  # D, the width of its embeddings
+        self.skips_padding = can_skip_padding(self.net)
+        self.preprocess_cfg = self.net.visual.preprocess_cfg  # size, mean, std, ...
+        self.size = int(np.max(self.preprocess_cfg["size"]))
+        self.mean = torch.tensor(self.preprocess_cfg["mean"], device=device).view(3, 1, 1)
+        self.std = torch.tensor(self.preprocess_cfg["std"], device=device).view(3, 1, 1)
+        blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=device)
+        try:
+            with torch.no_grad():
+                self.net.encode_image(self.preprocess(blank))
+        except AssertionError as error:  # a timm model insists on its own image size
+            raise BadInput(f"model {name}: cannot encode an image: {error}") from error
 
     def preprocess(self, images):
         """uint8 [n, 3, S, S] on the device -> float [n, 3, H, W] as the image tower wants them."""
@@ -637,11 +662,14 @@ class OpenClip:
             txt = encode_text(self.net, tokens)
         return normalize(img.float()), normalize(txt.float()), self.net.logit_scale.exp()
 
-    def checkpoint_gradients(self):
-        """Compute the forward pass again in the backward pass, so that little of it is kept."""
+    def recompute_activations(self):
+        """Compute the forward pass again in the backward pass, so that little of it is kept.
+
+        Batch norm in towers from timm then updates its statistics twice in a step.
+        """
         self.net.set_grad_checkpointing()
         if isinstance(self.net.visual, ModifiedResNet):  # RN50, RN101 and their relatives
-            say("warning: open_clip cannot checkpoint this image tower, so it saves little memory")
+            say("warning: open_clip cannot do this for this image tower, so it saves little memory")
 
     def export(self, folder):
         """Write a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") opens."""
@@ -669,7 +697,8 @@ def with_text_tower_of(teacher, student):
     """A new student: this one's kind of image tower, from scratch, and the teacher's text tower.
 
     The text tower is a frozen copy, so captions keep exactly the teacher's embeddings, also their
-    width. An index of images or captions that was made with the teacher keeps its meaning.
+    width. An index of images or captions that was made with the teacher keeps its meaning. If the
+    teacher has another activation (OpenAI's), the image tower has it too.
     """
     config = {**teacher.config, "vision_cfg": student.config["vision_cfg"]}
     student = OpenClip(add_architecture(config), device=student.device)
@@ -881,26 +910,43 @@ def index_tar(file):
     return np.array(index, np.int64).reshape(-1, 4), notes
 
 
+class FileIndexes(Dataset):
+    """The indexes of files, so that loader processes can make them."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, number):
+        return index_file(self.files[number])
+
+
 def build_index(files, folder):
     """Path of the index of all files, int64 [pairs, 5]: the number of the file, then as above.
 
     Large data sets take minutes, so the index is kept, under a name that changes with the files.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime) for file in files]
-    path = folder / (hashlib.sha256(repr(stats).encode()).hexdigest()[:16] + ".npy")
+    path = folder / f"{short_hash(stats)}.npy"
     if RANK == 0 and not path.exists():
         parts = []
         workers = min(len(files), available_cores())
-        with ProcessPoolExecutor(workers, initializer=ignore_ctrl_c) as pool:
-            bar = tqdm(pool.map(index_file, files), "index", len(files), disable=HIDE_BAR)
-            for number, (index, notes) in enumerate(bar):
-                for what, names in notes.items():
-                    warn(files[number], what, names)
-                parts.append(np.insert(index, 0, number, axis=1))
+        loader = DataLoader(
+            FileIndexes(files), batch_size=None, num_workers=workers, worker_init_fn=ignore_ctrl_c
+        )
+        for number, (index, notes) in enumerate(tqdm(loader, "index", disable=HIDE_BAR)):
+            for what, names in notes.items():
+                warn(files[number], what, names)
+            parts.append(np.insert(index.numpy(), 0, number, axis=1))
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.save(file, np.concatenate(parts))
-    return from_process_0(path)
+    path = from_process_0(path)
+    if not path.exists():
+        raise BadInput(f"{path} is not there: on several machines all must see the same --out")
+    return path
 
 
 @functools.lru_cache(maxsize=None)
@@ -924,7 +970,7 @@ def read_pair(file, start, length, image_start, image_length):
     captions = text.splitlines()
     if file.suffix != ".tar":
         separator, columns = read_header(file)
-        cells = next(csv.reader([text.strip("\r\n")], delimiter=separator))
+        cells = next(csv.reader([text.strip("\r\n")], delimiter=separator, strict=True))
         if len(cells) != len(columns):
             raise ValueError(f"{len(cells)} instead of {len(columns)} cells in {text[:100]!r}")
         row = dict(zip(columns, cells))
@@ -1011,7 +1057,7 @@ class Pairs(Dataset):
         for attempt in range(1000):
             try:
                 return *self.load(epoch, drawn), problem
-            except (ValueError, csv.Error) as error:
+            except (ValueError, OSError, csv.Error) as error:
                 problem = problem or f"pair {number}: {error}"
             drawn = hash((self.seed, epoch, number, attempt)) % len(self)
         hint = "a filepath is absolute, or relative to the folder of its file"
@@ -1040,7 +1086,7 @@ def count_steps(pairs, batch_size):
     return len(pairs) // batch_size
 
 
-def load_batches(pairs, args, first_step, steps, device):
+def make_loader(pairs, args, first_step, steps, device):
     return DataLoader(
         pairs,
         batch_size=None,  # the sampler asks for whole batches
@@ -1082,6 +1128,7 @@ def ignore_ctrl_c(worker=None):
 # --------------------------------------------------------------------------------------------------
 # Processes. torchrun starts one for each GPU. Together they compute the gradient that one process
 # would compute on the whole batch, because gather (in losses.py) and DDP exchange what that takes.
+# Two things stay their own: the statistics of batch norm, and MFD's masks.
 
 # torchrun tells each process its rank and the number of processes. Without it there is one process.
 RANK = int(os.environ.get("RANK") or 0)
@@ -1093,7 +1140,7 @@ HIDE_BAR = True if RANK > 0 else None  # None: tqdm shows a progress bar if ther
 def setup():
     """Join the other processes. Returns the device of this one."""
     if WORLD > 1 or RANK > 0:
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise BadInput(f"RANK or WORLD_SIZE is set, but {name} is not; start with torchrun")
     gpus = torch.cuda.device_count()
@@ -1223,8 +1270,9 @@ def read_captioned_images(name):
         for row in index.tolist():
             try:
                 image, captions = read_pair(file, *row)
-                image[0].stat()  # so that a missing image shows before the training
-            except (ValueError, csv.Error, OSError) as error:
+                if not image[0].is_file():
+                    raise ValueError(f"there is no file {image[0]}")
+            except (ValueError, csv.Error) as error:
                 raise BadInput(f"--val-data {name}: {error}") from error
             if image not in numbers:
                 numbers[image] = len(data.images)
@@ -1414,13 +1462,18 @@ def locked(folder):
             lock.close()
 
 
-def get_recipe(args, num_pairs):
-    """{flag: value} of what must stay the same when a run is continued."""
-    recipe = {"pairs": num_pairs}
+def get_recipe(args, files):
+    """{name: value} of what must stay the same when a run is continued."""
+    data = [(file.name, file.stat().st_size) for file in files]
+    recipe = {"--train-data (as a hash)": short_hash(data)}
     for name, value in vars(args).items():
         if name in RECIPE or name.startswith("lambda_"):
             recipe[f"--{name.replace('_', '-')}"] = value
     return recipe
+
+
+def short_hash(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def save_checkpoint(out, recipe, distiller, optimizer, progress, result, log):
@@ -1445,10 +1498,10 @@ def load_checkpoint(out, recipe, distiller, optimizer):
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state["recipe"]
     except Exception as error:  # torch raises nearly anything on a damaged file
-        raise BadInput(f"{path}: cannot be read: {error!r}; move it away to begin anew") from error
-    for flag, value in recipe.items():
-        if before.get(flag) != value:
-            change = f"{flag} was {before.get(flag)} and is {value} now"
+        raise BadInput(f"{path}: cannot be read: {error!r}; give another --out") from error
+    for name in {**before, **recipe}:
+        if before.get(name) != recipe.get(name):
+            change = f"{name} was {before.get(name)} and is {recipe.get(name)} now"
             raise BadInput(f"{path} is of another run: {change}; give another --out")
     distiller.load_state_dict(state["distiller"])
     optimizer.load_state_dict(state["optimizer"])
@@ -1472,7 +1525,8 @@ class Log:
         self.file = None
         if RANK == 0:
             self.file = open(path, "ab")
-            self.file.truncate(size)  # the lines after the last checkpoint will come again
+            if size < self.file.tell():
+                self.file.truncate(size)  # the lines after the last checkpoint will come again
             if size == 0:
                 self.write({"args": vars(args), "processes": WORLD, "torch": torch.__version__})
 
@@ -1613,8 +1667,9 @@ def demo(args, device):
     args.train_data = [f"{root}/data/students.tsv"]
     args.val_data = [f"seen={root}/data/seen.tsv"]
     args.zeroshot = [f"seen={root}/data/seen", f"held-out={root}/data/held-out"]
-    alone = {f"lambda_{name}": 0 for name in LOSSES if name != "clip"}
-    as_teacher = {"student": args.teacher, "epochs": TEACHER_EPOCHS}
+    alone = {f"lambda_{name}": 0 for name in LOSSES}
+    alone["lambda_clip"] = 1
+    as_teacher = {"student": args.teacher, "student_pretrained": None, "epochs": TEACHER_EPOCHS}
     as_teacher["train_data"] = [f"{root}/data/teacher.tsv"]
     runs = {
         "teacher": {**alone, **as_teacher},  # it learns as a student alone would
@@ -1672,11 +1727,12 @@ def main():
 def end_with(error):
     """Tell the user in one line and return the exit code. Only a bug keeps its traceback."""
     if RANK > 0:
-        time.sleep(5)  # torchrun ends this process as soon as process 0 has told its reason
+        time.sleep(5)  # if process 0 fails too, it speaks, and torchrun ends this one
     if isinstance(error, KeyboardInterrupt):
-        say("stopped; the same command continues from the last checkpoint.pt in --out")
+        say("stopped; the same command continues from its last checkpoint.pt, if it has one")
         return 130
-    if not isinstance(error, BadInput):
+    is_lost_process = isinstance(error, ConnectionError)
+    if not isinstance(error, (BadInput, OSError)) or is_lost_process:
         raise error
     message = str(error).split("BadInput: ")[-1]  # before it is the traceback of a loader process
     message = " ".join(message.split())

@@ -7,7 +7,7 @@ The names are the same in all of them, and so are the shapes:
     img_t, txt_t    [N, D_t]  what the teacher makes of them, without gradient (v^T and s^T)
     scale, scale_*  []        1/tau, the inverse of a temperature: 14.3 at the start, 100 at most
 
-Row k of all four embeddings belongs to pair k. Every row has unit length, so normalise it first:
+Row k of all four belongs to pair k. Normalise the rows to unit length before the call, with
 F.normalize(x, dim=1). N is the number of pairs among which a softmax chooses, which the paper calls
 |B|. When several processes share a batch, gather() brings together the embeddings of all of them.
 
@@ -61,10 +61,10 @@ def clip_loss(img, txt, scale, anchors=slice(None)):
     Reduction: the mean over the anchors k and over both directions, with the weight 1.
     Authors' code: the same.
     """
-    right = torch.arange(len(img), device=img.device)[anchors]  # anchor k belongs to partner k
+    target = torch.arange(len(img), device=img.device)[anchors]  # anchor k belongs to partner k
     # Both products are logits [anchors, N]: one row for each anchor, one column for each partner.
-    i2t = F.cross_entropy(scale * img[anchors] @ txt.T, right)
-    t2i = F.cross_entropy(scale * txt[anchors] @ img.T, right)
+    i2t = F.cross_entropy(scale * img[anchors] @ txt.T, target)
+    t2i = F.cross_entropy(scale * txt[anchors] @ img.T, target)
     return (i2t + t2i) / 2
 
 
@@ -103,7 +103,7 @@ def fd_loss(img_s, txt_s, img_t, txt_t):
     Shapes: all [N, D]. If the student's width is another one, project its embeddings first.
     Returns: [] in squared distance per dimension. It is about 4/D for a student that knows nothing.
     Reduction: the mean over N *and* D of each difference. This is what the weight 2000 belongs to.
-    Authors' code: the same. Eq. 11 prints the sum over D, with which 2000/D would be as strong.
+    Authors' code: the same. Eq. 11 prints the sum over D, for which the weight would be 2000/D.
     """
     return F.mse_loss(img_s, img_t) + F.mse_loss(txt_s, txt_t)
 
@@ -165,9 +165,9 @@ def icl_loss(img_s, txt_s, img_t, txt_t, scale, anchors=slice(None)):
     Reduction: the mean over the anchors k and over both directions, with the weight 1.
     Authors' code: multiplies by the parameter itself, ln(1/0.07) = 2.66, without exp() or a clamp.
     """
-    right = torch.arange(len(img_s), device=img_s.device)[anchors]  # anchor k, partner k
-    i2t = F.cross_entropy(scale * img_s[anchors] @ txt_t.T, right)
-    t2i = F.cross_entropy(scale * txt_s[anchors] @ img_t.T, right)
+    target = torch.arange(len(img_s), device=img_s.device)[anchors]  # anchor k, partner k
+    i2t = F.cross_entropy(scale * img_s[anchors] @ txt_t.T, target)
+    t2i = F.cross_entropy(scale * txt_s[anchors] @ img_t.T, target)
     return (i2t + t2i) / 2
 
 
@@ -244,6 +244,7 @@ def blank_patches(images, ratio, grid=14):
     """
     noise = torch.rand(len(images), grid**2, device=images.device)
     order = noise.argsort(dim=1).argsort(dim=1)  # the ranks 0, 1, ... of each image's patches
-    kept = order < int(grid**2 * (1 - ratio))
+    num_kept = max(1, int(grid**2 * (1 - ratio)))
+    kept = order < num_kept
     mask = kept.view(-1, 1, grid, grid).to(images.dtype)
     return images * F.interpolate(mask, images.shape[2:])
