@@ -7,15 +7,15 @@
 The paper is Yang et al., CVPR 2024, https://arxiv.org/abs/2307.12732. Its losses are in losses.py.
 
 How to read this file: the first 300 lines are the whole method, from what the student computes to
-the training loop. Each section after them begins with what it is for: flags, models, data,
+the training loop. Each section after them opens with a comment on its purpose: flags, models, data,
 processes, evaluation, the folder of a run, the demo. You can skip it until you need it.
 
-A run writes into the folder --out. log.jsonl has one JSON object per line. checkpoint.pt is where
-the same command continues after a stop. student/ is a model that open_clip can load.
+A run writes into the folder --out. log.jsonl has one JSON object per line. If a run is
+stopped, the same command continues from checkpoint.pt. open_clip can load student/.
 
-Comments give shapes, like [n, D]; a single number has the shape []. n is the number of pairs that
-one process has of a batch, and N that of the whole batch. D_s and D_t are the widths of the
-student's and the teacher's embeddings. Images come from the loaders as squares of S x S pixels.
+Comments give shapes, like [n, D]; a single number has the shape []. A process has n of the N pairs
+of a batch. D_s and D_t are the widths of the student's and the teacher's embeddings. Images come
+from the loaders as squares of S x S pixels.
 """
 
 import argparse
@@ -48,10 +48,7 @@ import open_clip
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from open_clip.model import convert_weights_to_lp
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import VisionTransformer
 from PIL import Image, ImageDraw, ImageFont
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
@@ -66,19 +63,19 @@ import losses as kd
 # The method. losses.py explains the seven losses: clip (the task itself), crd, fd, mfd, gd, icl and
 # afd. Two things are not obvious. First, the softmax of a contrastive loss runs over the pairs of
 # all processes, so embeddings are gathered before they are compared. Second, fd, mfd, gd and icl
-# need the teacher's width. If the student has another one, linear layers project its embeddings.
+# need the teacher's width. If the student's differs, linear layers project its embeddings.
 
 
 @dataclass
 class Batch:
-    """All that a loss may look at. Embeddings have unit length and are those of all processes."""
+    """All that a loss may look at. Embeddings are normalised, and gathered from all processes."""
 
     img_s: Tensor  # [N, D_s] the student's embeddings of the images
     txt_s: Tensor  # [N, D_s] the student's embeddings of the captions
-    img_p: Tensor  # [N, D_t] img_s, projected to the teacher's width if a loss needs that
-    txt_p: Tensor  # [N, D_t] txt_s, in the same way
-    img_t: Tensor  # [N, D_t] the teacher's embeddings, which carry no gradient (None without one)
-    txt_t: Tensor  # [N, D_t]
+    img_p: Tensor  # [N, D_t] the student's again, projected to the width D_t and then normalised
+    txt_p: Tensor  # [N, D_t] (img_s and txt_s themselves if no projection is needed)
+    img_t: Tensor  # [N, D_t] the teacher's embeddings, which carry no gradient
+    txt_t: Tensor  # [N, D_t] (all that is the teacher's is None in a run without a teacher)
     scale_s: Tensor  # [] 1/temperature of the student, which is learned
     scale_t: Tensor  # [] 1/temperature of the teacher
     anchors: slice  # which of the N pairs this process brought
@@ -88,8 +85,7 @@ class Batch:
 class Distiller(nn.Module):
     """The student and the few trainable parts that its losses need.
 
-    DDP wraps this module and not just the student, so that these parts are synchronised too.
-    A part exists only if a loss with a weight above 0 needs it.
+    A part exists only if a loss needs it. DDP wraps all of them, so that all are synchronised.
 
     To add a loss, write a subclass in a file of yours that begins with `from clipkd import *`, give
     the loss a weight, and hand the subclass to train():
@@ -106,6 +102,8 @@ class Distiller(nn.Module):
         args = get_args(["--train-data", "pairs.tsv"])
         args.lambda_cosine = 10.0
         train(args, setup(), WithCosine)
+
+    A loss with layers of its own makes them in __init__, where the optimiser finds them.
     """
 
     needs_projection = {"fd", "mfd", "gd", "icl"}  # losses that use img_p and txt_p
@@ -135,13 +133,13 @@ class Distiller(nn.Module):
         """Returns {name: loss}, each [] and without its weight.
 
         images: [n, 3, H, W], preprocessed for the student
-        tokens: their captions, as a list of tensors [n_i, length_i] that together have n rows
+        tokens: their captions in the same order, in parts [n_i, length_i] (see cut_padding)
         img_t, txt_t, scale_t: the teacher's embeddings [n, D_t] and its 1/temperature []
         """
         # 1. Encode. A GPU does this in bfloat16. What follows is in float32.
         with autocast(images.device):
             img = self.student_net.encode_image(images)  # [n, D_s], not yet of unit length
-            txt = encode_text(self.student_net, tokens)
+            txt = encode_text(self.student_net, tokens)  # the same for captions that are cut
         scale_s = self.student_net.logit_scale.exp()
         img = img.to(scale_s.dtype)
         txt = txt.to(scale_s.dtype)
@@ -157,9 +155,10 @@ class Distiller(nn.Module):
             img_t = kd.gather(img_t)  # [N, D_t]
             txt_t = kd.gather(txt_t)
 
-        # 3. Compare. clip, crd, icl and afd make N x N logits. For them each process answers only
-        # for its own pairs, the anchors, so it computes n x N of them. Every process computes the
-        # other losses whole. Either way the mean over the processes is the loss of the batch.
+        # 3. Compare. clip, crd, icl and afd are means over the rows of N x N logits. For them each
+        # process computes only the rows of its own pairs, the anchors. Every process computes the
+        # other losses in full: fd and mfd are cheap, and gd needs whole rows and columns. In both
+        # cases the mean over the processes is the loss of the batch, and so is its gradient.
         first = RANK * len(images)  # RANK is the number of this process
         anchors = slice(first, first + len(images))
         batch = Batch(img_s, txt_s, img_p, txt_p, img_t, txt_t, scale_s, scale_t, anchors, images)
@@ -200,11 +199,12 @@ class Distiller(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training. A run of days will be interrupted, and it should end where it would have ended anyway.
-# So random draws do not depend on those before them. Each has a seed of its own: a hash of integers
-# that say for which step or which pair it is. (Such a hash is the same in every process.)
+# Training. A run of days will be interrupted, and it should end with the result that it would have
+# had anyway. So no random draw depends on earlier ones: each is seeded with the hash of a tuple of
+# integers that say which step or pair it is for. (Unlike a string's, it is the same in every run.)
 
-SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")  # ends of parameters' names
+# The ends of the names of the scales; DDP puts "module." before them.
+SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")
 
 
 def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t):
@@ -233,8 +233,8 @@ def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, to
 
 
 def train(args, device, distiller_class=Distiller):
-    """Train the student, or continue from its checkpoint. Returns the last evaluation's record."""
-    # 1. What there is to learn from. Wrong paths show here, before the models are loaded.
+    """Train the student, or continue from its checkpoint. Returns its last evaluation's record."""
+    # 1. Input data. Wrong paths are reported here, before the models are loaded.
     files = find_files(args.train_data)
     zeroshot, retrieval = read_evaluations(args)
 
@@ -246,7 +246,7 @@ def train(args, device, distiller_class=Distiller):
     model = distiller.to(device)  # it trains student.net itself, not a copy
     optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
     if WORLD > 1:
-        is_extended = distiller_class is not Distiller  # and may leave one of its parts unused
+        is_extended = distiller_class is not Distiller  # a subclass may have parts without a use
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=is_extended)
 
     with locked(args.out) as out:
@@ -258,8 +258,6 @@ def train(args, device, distiller_class=Distiller):
         recipe = get_recipe(args, files)
         progress, result, log_size = load_checkpoint(out, recipe, distiller, optimizer)
         begin = progress["step"]
-        if begin == steps:
-            say("this run has finished before; --eval-only can score its student on other data")
         log = Log(out / "log.jsonl", log_size, args)
         loader = make_loader(pairs, args, begin, steps, device)
         bar = tqdm(loader, args.out, total=steps, initial=begin, disable=HIDE_BAR)
@@ -280,7 +278,7 @@ def train(args, device, distiller_class=Distiller):
                 model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t
             )
 
-            # Once in a while: log, evaluate, save. What is evaluated is also saved.
+            # At intervals: log, evaluate, save. Every model that is evaluated is also saved.
             progress["step"] = done = step + 1
             progress["seconds"] = time.time() - started
             evaluating = done == steps or (eval_every > 0 and done % eval_every == 0)
@@ -299,15 +297,14 @@ def train(args, device, distiller_class=Distiller):
                 parameters = sum(p.numel() for p in student.net.parameters())
                 result = log.write({**progress, "eval": scores, "parameters": parameters})
             if saving:
-                student.export(out / "student")
-                save_checkpoint(out, recipe, distiller, optimizer, progress, result, log)
+                save(out, student, distiller, optimizer, recipe, progress, result, log)
             waiting_since = time.time()
     return result
 
 
 def load_models(args, lambdas, device):
     """The student in training mode, and the teacher, which is None if no loss needs one."""
-    torch.manual_seed(args.seed)  # a seed gives the student the same first weights
+    torch.manual_seed(args.seed)  # the same seed gives the same initial weights
     student = OpenClip(args.student, args.student_pretrained, device)
     student.net.train()
     needs_teacher = any(lambdas[name] for name in lambdas if name != "clip")
@@ -319,9 +316,9 @@ def load_models(args, lambdas, device):
     if args.grad_checkpointing:
         student.recompute_activations()
     if needs_teacher and has_bfloat16(device):
-        # Autocast would cast these weights to bfloat16 anew in every step. The text tower stays in
-        # float32, since its sum of residuals would lose precision.
-        convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
+        # Otherwise autocast would convert the image tower to bfloat16 again in every step, with the
+        # same result. The text tower's would differ: its token embeddings would be rounded too.
+        open_clip.model.convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
     return student, teacher if needs_teacher else None
 
 
@@ -342,7 +339,7 @@ def make_optimizer(distiller, lr, weight_decay):
 
     # The authors' scripts use one setting for ViTs (and MobileViT), another for everything else.
     image_tower = distiller.student_net.visual
-    is_vit = isinstance(image_tower, VisionTransformer)
+    is_vit = isinstance(image_tower, open_clip.transformer.VisionTransformer)
     if hasattr(image_tower, "trunk"):  # an image tower from timm
         is_vit = "vit" in image_tower.trunk.default_cfg.get("architecture", "")
     if is_vit:
@@ -353,7 +350,7 @@ def make_optimizer(distiller, lr, weight_decay):
 def lr_at(step, steps, warmup, peak):
     """The learning rate of a step: a linear rise to the peak, then half a cosine down to 0.
 
-    The rise takes `warmup` steps, but at most a tenth of all.
+    The rise takes `warmup` steps, but at most a tenth of the run.
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:
@@ -365,8 +362,6 @@ def lr_at(step, steps, warmup, peak):
 # --------------------------------------------------------------------------------------------------
 # Flags. Their defaults are the paper's recipe (Sec. 4.1). Without --train-data the demo runs, which
 # has a few defaults of its own.
-
-LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
 
 
 class BadInput(Exception):
@@ -405,43 +400,71 @@ def get_args(argv=None):
     parser = Parser("clipkd.py", "clipkd.py [--flag value ...]", about, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--train-data", nargs="+", help="TSV or CSV (filepath, title), tars, folders of tars")
-    add("--val-data", nargs="+", default=[], help="score retrieval on these; [NAME=]FILE")
-    add("--zeroshot", nargs="+", default=[], help="score these folders of classes; [NAME=]FOLDER")
-    add("--workers", type=natural, help="loader processes (all cores but one; half on a CPU)")
-    names = "names and tags of open_clip; also local-dir:DIR, hf-hub:ORG/NAME, FILE.json"
-    add = parser.add_argument_group("models", names).add_argument
-    add("--student", default="ViT-T-16", help="of open_clip, or one of the paper's: ViT-T-16, "
-        "mobilevit_s, swin_tiny, resnet18, mobilenetv3_small_100, efficientnet_b0 (%(default)s)")
-    add("--student-pretrained", help="begin with these weights (a tag or a file), not from scratch")
-    add("--teacher", default="ViT-B-16", help="(%(default)s)")
-    add("--teacher-pretrained", default="laion400m_e32", help="a tag or a file (%(default)s)")
+    add("--train-data", nargs="+", metavar="FILE",
+        help="TSV or CSV files with the columns filepath and title, tars as img2dataset writes "
+        "them, or folders of tars; a text in a tar may have several captions, one on each line")
+    add("--val-data", nargs="+", default=[], metavar="[NAME=]FILE",
+        help="score retrieval on these, which may be as --train-data")
+    add("--zeroshot", nargs="+", default=[], metavar="[NAME=]FOLDER",
+        help="score classification on these, which have a folder of images for each class")
+    add("--workers", type=natural, metavar="N",
+        help="processes that load data (default: all cores but one, or half of them without a GPU)")
+
+    about = ("NAME is one of open_clip's, local-dir:FOLDER, hf-hub:ORG/NAME or a FILE.json; "
+             "WEIGHTS are one of open_clip's tags for it, or a file")
+    add = parser.add_argument_group("models", about).add_argument
+    add("--student", default="ViT-T-16", metavar="NAME",
+        help="also mobilevit_s, swin_tiny, resnet18, mobilenetv3_small_100, efficientnet_b0 "
+        "(default: %(default)s)")
+    add("--student-pretrained", metavar="WEIGHTS", help="its first weights (default: random)")
+    add("--teacher", default="ViT-B-16", metavar="NAME", help="(default: %(default)s)")
+    add("--teacher-pretrained", default="laion400m_e32", metavar="WEIGHTS",
+        help="(default: %(default)s)")
     add("--keep-teacher-text", action="store_true",
-        help="train an image tower alone, beside the teacher's text tower")
-    total = "the total is the sum of lambda * loss, and 0 switches a loss off"
-    add = parser.add_argument_group("losses", total).add_argument
-    add("--lambda-clip", type=amount, default=1, help="the task itself (%(default)s)")
-    add("--lambda-crd", type=amount, default=1, help="contrastive relations (%(default)s)")
-    add("--lambda-fd", type=amount, default=2000, help="features (%(default)s; demo: 250)")
-    add("--lambda-icl", type=amount, default=1, help="interactive contrast (%(default)s)")
-    add("--lambda-mfd", type=amount, default=0, help="masked features (%(default)s; paper: 2000)")
-    add("--lambda-gd", type=amount, default=0, help="gradients (%(default)s; paper: 1e8)")
-    add("--lambda-afd", type=amount, default=0, help="augmented features (%(default)s; try 1)")
-    add("--mask-ratio", type=amount, default=0.75, help="what MFD hides of an image (%(default)s)")
-    add = parser.add_argument_group("optimiser: AdamW with warm-up, then a cosine").add_argument
-    add("--epochs", type=positive, default=32, help="(%(default)s)")
-    add("--batch-size", type=positive, default=1024, help="over all processes (%(default)s)")
-    add("--lr", type=amount, default=1e-3, help="its peak (%(default)s)")
-    add("--weight-decay", type=amount, default=0.1, help="not of biases and norms (%(default)s)")
-    add("--warmup", type=natural, default=10_000, help="steps, at most a tenth (%(default)s)")
+        help="train an image tower alone, and give it the teacher's text tower; a search index "
+        "that was built with the teacher can still be used")
+
+    about = "the total is the sum of lambda * loss, and 0 switches a loss off"
+    add = parser.add_argument_group("losses", about).add_argument
+    add("--lambda-clip", type=amount, default=1, metavar="X", help="the task itself (default: 1)")
+    add("--lambda-crd", type=amount, default=1, metavar="X",
+        help="contrastive relational distillation: the teacher's softmax (default: 1)")
+    add("--lambda-fd", type=amount, default=2000, metavar="X",
+        help="feature distillation: its embeddings (default: 2000; the demo has 250)")
+    add("--lambda-icl", type=amount, default=1, metavar="X",
+        help="interactive contrastive learning: partners among its embeddings (default: 1)")
+    add("--lambda-mfd", type=amount, default=0, metavar="X",
+        help="masked feature distillation: FD from a part of the image (default: 0; paper: 2000)")
+    add("--lambda-gd", type=amount, default=0, metavar="X",
+        help="gradient distillation: the task's gradients (default: 0; paper: 1e8 for 1024 pairs)")
+    add("--lambda-afd", type=amount, default=0, metavar="X",
+        help="augmented feature distillation: the task together with it (default: 0; try 1)")
+    add("--mask-ratio", type=amount, default=0.75, metavar="X",
+        help="share of each image that MFD hides (default: %(default)s)")
+
+    about = "AdamW, whose learning rate rises linearly and falls as a cosine"
+    add = parser.add_argument_group("optimiser", about).add_argument
+    add("--epochs", type=positive, default=32, metavar="N", help="(default: %(default)s)")
+    add("--batch-size", type=positive, default=1024, metavar="N",
+        help="pairs of a step, over all processes (default: %(default)s)")
+    add("--lr", type=amount, default=1e-3, metavar="X", help="peak (default: %(default)s)")
+    add("--weight-decay", type=amount, default=0.1, metavar="X",
+        help="not on biases, norms and scales (default: %(default)s)")
+    add("--warmup", type=natural, default=10_000, metavar="STEPS",
+        help="at most a tenth of the run (default: %(default)s)")
+
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="out", help="its folder; a checkpoint there is continued (%(default)s)")
-    add("--seed", type=natural, default=0, help="(%(default)s)")
-    add("--log-every", type=positive, default=50, help="steps (%(default)s)")
-    add("--save-every", type=positive, default=1000, help="steps, and evaluations (%(default)s)")
-    add("--eval-every", type=natural, default=1, help="epochs; 0 is only at the end (%(default)s)")
-    add("--eval-only", action="store_true", help="score --student and do nothing else")
-    add("--grad-checkpointing", action="store_true", help="less memory, one more forward pass")
+    add("--out", default="out", metavar="FOLDER",
+        help="where the run writes; it continues from a checkpoint there (default: %(default)s)")
+    add("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
+    add("--log-every", type=positive, default=50, metavar="STEPS", help="(default: %(default)s)")
+    add("--save-every", type=positive, default=1000, metavar="STEPS",
+        help="besides a save at every evaluation; a stop costs no more (default: %(default)s)")
+    add("--eval-every", type=natural, default=1, metavar="EPOCHS",
+        help="0 means only at the end (default: %(default)s)")
+    add("--eval-only", action="store_true", help="score --student without any training")
+    add("--grad-checkpointing", action="store_true",
+        help="save memory by computing the student's forward pass twice")
     # fmt: on
     args = parser.parse_args(argv)
     args.demo = not (args.train_data or args.eval_only)
@@ -467,7 +490,8 @@ def check_args(args):
     if args.eval_only:
         return
     if args.batch_size % WORLD or args.batch_size < 2:
-        raise BadInput(f"--batch-size {args.batch_size}: must be a multiple of {WORLD} from 2 on")
+        must = f"must be at least 2 and a multiple of the {WORLD} processes"
+        raise BadInput(f"--batch-size {args.batch_size}: {must}")
     if not any(get_lambdas(args).values()):
         raise BadInput("--lambda-*: all are 0; give at least one loss a weight")
     if args.mask_ratio >= 1:
@@ -477,13 +501,13 @@ def check_args(args):
 
 
 def get_lambdas(args):
-    """{loss: weight}, also of a loss that a notebook has added as args.lambda_NAME."""
+    """{loss: weight}, with losses that a subclass of Distiller adds as args.lambda_NAME."""
     flags = vars(args).items()
     return {name[len("lambda_") :]: value for name, value in flags if name.startswith("lambda_")}
 
 
 def available_cores():
-    """The cores for this process, of those that may be used."""
+    """This process's share of the available cores."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -520,7 +544,8 @@ STUDENTS = {
     "mobilevit_s": timm_config("mobilevit_s", timm_pool=""),
     "efficientnet_b0": timm_config("efficientnet_b0", timm_pool=""),
     "resnet18": timm_config("resnet18", timm_pool=""),
-    # These are for the demo, with images of 32 x 32 pixels and captions of up to 20 tokens.
+    # These are for the demo, with images of 32 x 32 pixels and captions of up to 20 tokens. It uses
+    # the first two, and you can try --student demo-vit.
     "demo-teacher": demo_config({"layers": [1, 1, 1, 1], "width": 12}, 64, 64),
     "demo-student": demo_config({"layers": [1, 1, 1, 1], "width": 8}, 64, 32),
     "demo-vit": demo_config({"layers": 2, "width": 64, "patch_size": 4}, 48, 32),
@@ -530,7 +555,8 @@ STUDENTS = {
 def add_architecture(config):
     """Make a configuration known to open_clip. Returns the name by which open_clip can build it.
 
-    The name is always the same. A model is built before the next configuration takes its place.
+    Every configuration gets the same name and replaces the one before. So build the model before
+    you add another configuration.
     """
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
         raise ValueError("the file needs embed_dim, vision_cfg and text_cfg")
@@ -563,13 +589,13 @@ def warn_of_other_preprocessing(name, file):
     for tag in open_clip.list_pretrained_tags_by_model(name):
         wanted = open_clip.get_pretrained_cfg(name, tag)
         if any(wanted.get(key, value) != value for key, value in usual.items()):
-            usual = f"the usual preprocessing and activation, but the tag {tag} has others"
-            say(f"warning: {file} is used with {usual}; to use them, give a local-dir:")
+            why = f"the tag {tag} has another preprocessing or activation than the usual"
+            say(f"warning: {file} is used with the usual one, but {why}; local-dir: can hold it")
             return
 
 
 def is_torchscript(file):
-    """Whether this is a program, like OpenAI's own files, and not just weights."""
+    """Whether the file is a TorchScript archive, like OpenAI's own, and not just weights."""
     if not zipfile.is_zipfile(file):
         return False
     return any("/code/" in name for name in zipfile.ZipFile(file).namelist())
@@ -619,7 +645,7 @@ class OpenClip:
 
     name: a name of open_clip, also local-dir:DIR or hf-hub:ORG/NAME; one of STUDENTS; a FILE.json
     pretrained: one of open_clip's tags for this name, or a file of weights
-    frozen: it must have weights, and they are not trained
+    frozen: requires weights, and does not train them
     """
 
     def __init__(self, name, pretrained=None, device="cpu", frozen=False):
@@ -663,18 +689,18 @@ class OpenClip:
         return normalize(img.float()), normalize(txt.float()), self.net.logit_scale.exp()
 
     def recompute_activations(self):
-        """Compute the forward pass again in the backward pass, so that little of it is kept.
+        """Compute the forward pass again in the backward pass, to save memory.
 
         Batch norm in towers from timm then updates its statistics twice in a step.
         """
         self.net.set_grad_checkpointing()
-        if isinstance(self.net.visual, ModifiedResNet):  # RN50, RN101 and their relatives
+        if isinstance(
+            self.net.visual, open_clip.modified_resnet.ModifiedResNet
+        ):  # RN50, RN101 and their relatives
             say("warning: open_clip cannot do this for this image tower, so it saves little memory")
 
     def export(self, folder):
         """Write a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") opens."""
-        if RANK > 0:
-            return
         folder.mkdir(exist_ok=True)
         names = ("mean", "std", "interpolation", "resize_mode")
         preprocess_cfg = {name: self.preprocess_cfg[name] for name in names}
@@ -694,11 +720,11 @@ def text_tower(net):
 
 
 def with_text_tower_of(teacher, student):
-    """A new student: this one's kind of image tower, from scratch, and the teacher's text tower.
+    """A new student: the architecture of the student's image tower, and the teacher's text tower.
 
-    The text tower is a frozen copy, so captions keep exactly the teacher's embeddings, also their
-    width. An index of images or captions that was made with the teacher keeps its meaning. If the
-    teacher has another activation (OpenAI's), the image tower has it too.
+    The image tower is untrained. The text tower is a frozen copy, so captions have exactly the
+    teacher's embeddings, and a search index that was built with the teacher can still be used. If
+    the teacher has another activation (OpenAI's), the image tower has it too.
     """
     config = {**teacher.config, "vision_cfg": student.config["vision_cfg"]}
     student = OpenClip(add_architecture(config), device=student.device)
@@ -721,8 +747,9 @@ def can_skip_padding(net):
     """Whether captions can be cut after their end token without a change of their embedding.
 
     In a causal tower no token sees those after it. So the padding after the end token cannot change
-    what is computed at the end token, and that becomes the embedding. The last condition is only
-    for the sake of encode_text. Other towers get all of their tokens.
+    what is computed at the end token, and that becomes the embedding. (A tower with a class token
+    takes it from there. A plain projection is needed because encode_text multiplies by it.) Towers
+    of other kinds get all of their tokens.
     """
     text = text_tower(net)
     pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
@@ -750,9 +777,9 @@ def cut_padding(tokens):
 def encode_text(net, parts):
     """Embeddings [n, D], not of unit length, of captions as a list of parts [n_i, length_i].
 
-    open_clip encodes parts of full length. Its plain CLIP class cannot encode shorter ones, so the
-    lines below do what it does, with everything cut to the same length. The embeddings are the same
-    up to rounding.
+    Parts of full length go through open_clip. Its plain CLIP class cannot encode shorter ones, so
+    for them the loop repeats its steps, with the positions and the mask cut to the same length. The
+    embeddings are the same up to rounding.
     """
     text = text_tower(net)
     embeddings = []
@@ -771,16 +798,17 @@ def encode_text(net, parts):
 
 
 def encode_masked(net, images, ratio):
-    """Embeddings [n, D], not of unit length, of images with the share `ratio` of them hidden.
+    """Embeddings [n, D], not of unit length, of images of which the share `ratio` is hidden.
 
-    A ViT drops the hidden patches from its sequence. Any other image tower sees them blank.
+    A ViT drops the hidden patches from its sequence. Other image towers get images in which they
+    are blank.
     """
 
     def drop(module, inputs, patches):
         return kd.drop_patches(patches, ratio)
 
     with autocast(images.device):
-        if not isinstance(net.visual, VisionTransformer):
+        if not isinstance(net.visual, open_clip.transformer.VisionTransformer):
             return net.encode_image(kd.blank_patches(images, ratio))
         # What the hook returns takes the place of patch_dropout's own output. (patch_dropout could
         # drop patches itself, but it would make the CPU wait for the GPU.)
@@ -800,8 +828,9 @@ def autocast(device):
 # --------------------------------------------------------------------------------------------------
 # Data. The 12.9 million pairs of CC3M and CC12M would not fit into the memory of dozens of loader
 # processes. So they share an index, which is mapped from disk: a row of five numbers for each pair.
-# The first is the number of the file, and the others say where in it the text and the image lie. An
-# image has a location (path, start, length), since it can be a file or a part of a tar.
+# They are the number of its file, where in it the text lies and, for a tar, where the image lies.
+# (In a TSV the text names the image.) The location of an image is (path, start, length), since it
+# can be a file of its own or a part of a tar.
 
 
 def is_image(name):
@@ -835,7 +864,7 @@ def find_files(names):
 
 
 def warn(where, what, names):
-    """Count what is left out or odd, and name the first of it."""
+    """Warn with their number and the first of them."""
     if names:
         say(f"warning: {where}: {len(names)} {what}; the first is {names[0]}")
 
@@ -877,7 +906,7 @@ def index_tar(file):
     """The same for a tar. If it is damaged, what comes before the damage is used."""
     texts, images, twice = {}, {}, []  # {key: (start, length)}, and names that come again
     key = ""
-    end = 0  # where the last member ends
+    end = 0  # where the last member ends; it stays 0 if tarfile finds damage
     try:
         with tarfile.open(file, "r:") as tar:  # never compressed, so that offsets are the file's
             for member in tar:
@@ -903,10 +932,10 @@ def index_tar(file):
     notes = {
         "captions without an image are left out": [key for key in texts if key not in images],
         "images without a caption are left out": [key for key in images if key not in texts],
-        "names occur again, and the last file counts": twice,
+        "names are duplicates, of which the last is used": twice,
     }
     if not is_whole:
-        notes["damaged file, of which only the beginning is used"] = [f"up to about {key}"]
+        say(f"warning: {file}: it is damaged or cut off; only the pairs up to about {key} are used")
     return np.array(index, np.int64).reshape(-1, 4), notes
 
 
@@ -979,7 +1008,7 @@ def read_pair(file, start, length, image_start, image_length):
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise ValueError(f"no caption in {text[:100]!r}")
-    # No tokenizer keeps more than 1000 characters, and a word without end would take it minutes.
+    # No tokenizer keeps more than 1000 characters, and an endless word would take one minutes.
     return location, [caption[:1000] for caption in captions]
 
 
@@ -987,7 +1016,7 @@ def read_image(path, start, length):
     """An image in RGB. Raises ValueError, since Pillow raises nearly anything on a bad file."""
     try:
         image = Image.open(io.BytesIO(read_bytes(path, start, length)))
-        if image.mode[0] in "IF":
+        if image.mode[0] in "IF":  # the modes I;16, I and F, among which are PNGs of 16 bits
             image = to_8_bits(image)
         return image.convert("RGB")
     except Exception as error:
@@ -998,7 +1027,7 @@ def to_8_bits(image):
     """For images of 16 or 32 bits a pixel, which Pillow's own conversion would clip to white."""
     pixels = np.asarray(image, dtype=np.float64)
     highest = 65535
-    if image.mode == "F":  # floats, for which both ranges are in use
+    if image.mode == "F":  # floats, which are stored as 0 to 1 or as 0 to 255
         highest = 255 if pixels.max() > 1 else 1
     pixels = np.rint(255 / highest * pixels).clip(0, 255)
     return Image.fromarray(pixels.astype(np.uint8))
@@ -1014,7 +1043,7 @@ class Pairs(Dataset):
 
     Teacher and student see the same random crop, since FD compares what they make of one view.
     The crop depends on (seed, epoch, number) alone. So neither the number of loader processes nor
-    a stop changes what a run sees.
+    a restart changes what a run sees.
     """
 
     def __init__(self, files, student, teacher, seed, folder):
@@ -1036,8 +1065,9 @@ class Pairs(Dataset):
         items = [self.load_or_replace(epoch, number) for epoch, number in keys]
         images, captions, problems = zip(*items)
 
-        # The batch is sorted by the length of the student's captions, where the end token has the
-        # highest number. Then parts of it can be cut without their padding.
+        # Sort the batch by the length of its captions, so that cut_padding can cut each part short.
+        # The end token has the highest number, so argmax finds where a caption ends. The teacher's
+        # tokens take the same order, which need not be exact for them.
         tokens_s, tokens_t = [tokenize(list(captions)) for tokenize in self.tokenizers]
         order = tokens_s.argmax(dim=1).argsort(stable=True)
         skip_s, skip_t = self.skips_padding
@@ -1047,7 +1077,7 @@ class Pairs(Dataset):
         return torch.stack(images)[order], parts_s, parts_t, problems
 
     def load_or_replace(self, epoch, number):
-        """Image, caption, and the reason if another pair had to take this one's place.
+        """Image, caption and, if the pair had to be replaced, the reason.
 
         One broken file must not end a run of days. The other pair is drawn at random, since broken
         files often come in a row. The draw too depends on (seed, epoch, number) alone.
@@ -1080,13 +1110,16 @@ class Pairs(Dataset):
 
 
 def count_steps(pairs, batch_size):
-    """The steps of an epoch. An epoch leaves out the pairs that do not fill a last batch."""
+    """The steps of an epoch. The incomplete last batch of an epoch is dropped."""
     if len(pairs) < batch_size:
         raise BadInput(f"--batch-size {batch_size}: there are only {len(pairs)} pairs to train on")
     return len(pairs) // batch_size
 
 
 def make_loader(pairs, args, first_step, steps, device):
+    """The batches of the steps from first_step on."""
+    if first_step == steps:
+        say("this run has already finished; --eval-only can score its student on other data")
     return DataLoader(
         pairs,
         batch_size=None,  # the sampler asks for whole batches
@@ -1112,7 +1145,7 @@ def batch_order(num_pairs, batch_size, seed, first_step, steps):
 
 
 def move(batch, device):
-    """Tensors, also those in lists, go to the device while the CPU goes on."""
+    """Move tensors, also those in lists, to the device without waiting for it."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, (list, tuple)):
@@ -1128,7 +1161,8 @@ def ignore_ctrl_c(worker=None):
 # --------------------------------------------------------------------------------------------------
 # Processes. torchrun starts one for each GPU. Together they compute the gradient that one process
 # would compute on the whole batch, because gather (in losses.py) and DDP exchange what that takes.
-# Two things stay their own: the statistics of batch norm, and MFD's masks.
+# Two things remain separate: batch norm sees only the n pairs of its process, and MFD's masks are
+# drawn by each process for itself.
 
 # torchrun tells each process its rank and the number of processes. Without it there is one process.
 RANK = int(os.environ.get("RANK") or 0)
@@ -1160,7 +1194,7 @@ def setup():
 
 
 def from_process_0(value=None):
-    """The value that process 0 passes, on every process. The others wait for it."""
+    """Broadcasts the value of process 0. The others wait for it."""
     values = [value]
     if WORLD > 1:
         dist.broadcast_object_list(values)
@@ -1195,7 +1229,7 @@ def say(message):
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation, with open_clip's preprocessing, its class names and its prompts. Each process embeds a
-# share of the images, and the scores are those that a single process computes.
+# share of the images, and the scores are the same as with one process.
 
 
 @dataclass
@@ -1245,7 +1279,8 @@ def read_class_names(root, folders):
         return [folder.replace("_", " ") for folder in folders], ["a photo of a {}"]
     unknown = sorted(set(folders) - set(wnids))  # this is ImageNet, or a part of it like ImageNet-R
     if unknown:
-        raise BadInput(f"--zeroshot {root}: {unknown[0]} is no ImageNet class, but others are")
+        problem = f"{unknown[0]} is not an ImageNet class, although other folders are"
+        raise BadInput(f"--zeroshot {root}: {problem}")
     names = [imagenet[wnids.index(folder)] for folder in folders]
     return names, open_clip.OPENAI_IMAGENET_TEMPLATES
 
@@ -1256,8 +1291,8 @@ class CaptionedImages:
 
     images: list  # their locations
     captions: list
-    owner: list  # for each caption the number of its image
-    first: list  # for each image the number of its first caption
+    image_of_caption: list  # for each caption the number of its image
+    first_caption: list  # for each image the number of its first caption
 
 
 def read_captioned_images(name):
@@ -1277,9 +1312,9 @@ def read_captioned_images(name):
             if image not in numbers:
                 numbers[image] = len(data.images)
                 data.images.append(image)
-                data.first.append(len(data.captions))
+                data.first_caption.append(len(data.captions))
             data.captions += captions
-            data.owner += [numbers[image]] * len(captions)
+            data.image_of_caption += [numbers[image]] * len(captions)
     if not data.images:
         raise BadInput(f"--val-data {name}: there is no pair of an image and a caption in it")
     return data
@@ -1303,7 +1338,7 @@ def split_name(value, others):
     if not equals or os.path.exists(value):
         name, path = value, value
     if name in others:
-        raise BadInput(f"{value}: another set is named {name} too; give this one another NAME=")
+        raise BadInput(f"{value}: another set has the name {name} already; give this one a NAME=")
     return name, path
 
 
@@ -1363,12 +1398,15 @@ def zero_shot(model, data, workers):
     return 100 * right.sum().item() / len(right)
 
 
-def recalls(queries, keys, query_owners, key_owners):
-    """{k: percent of queries [Q, D] with one of their owner's keys [K, D] among the k nearest}."""
+def recalls(queries, keys, query_images, key_images):
+    """{k: percent of queries [Q, D] with a key [K, D] of the same image among the k nearest}.
+
+    query_images [Q] and key_images [K] are the numbers of their images.
+    """
     hits = []
-    for some, owners in zip(queries.split(1024), query_owners.split(1024)):  # to save memory
+    for some, images in zip(queries.split(1024), query_images.split(1024)):  # to save memory
         nearest = (some @ keys.T).topk(min(10, len(keys))).indices  # [1024, 10]
-        hits.append(owners[:, None] == key_owners[nearest])
+        hits.append(images[:, None] == key_images[nearest])
     hits = torch.cat(hits)
     return {k: 100 * hits[:, :k].any(dim=1).sum().item() / len(hits) for k in (1, 5, 10)}
 
@@ -1381,17 +1419,17 @@ def retrieval_scores(model, data, workers):
     """
     img = embed_images(model, data.images, workers)
     txt = embed_texts(model, data.captions)
-    owners = torch.tensor(data.owner, device=model.device)
-    themselves = torch.arange(len(img), device=model.device)
+    img_numbers = torch.arange(len(img), device=model.device)
+    txt_numbers = torch.tensor(data.image_of_caption, device=model.device)
     scores = {}
-    for k, recall in recalls(img, txt, themselves, owners).items():
+    for k, recall in recalls(img, txt, img_numbers, txt_numbers).items():
         scores[f"I2T R@{k}"] = recall
-    for k, recall in recalls(txt, img, owners, themselves).items():
+    for k, recall in recalls(txt, img, txt_numbers, img_numbers).items():
         scores[f"T2I R@{k}"] = recall
     if len(txt) > len(img):
-        txt = txt[data.first]
-        scores["first-caption I2T R@1"] = recalls(img, txt, themselves, themselves)[1]
-        scores["first-caption T2I R@1"] = recalls(txt, img, themselves, themselves)[1]
+        txt = txt[data.first_caption]
+        scores["first-caption I2T R@1"] = recalls(img, txt, img_numbers, img_numbers)[1]
+        scores["first-caption T2I R@1"] = recalls(txt, img, img_numbers, img_numbers)[1]
     return scores
 
 
@@ -1400,7 +1438,7 @@ def evaluate(model, zeroshot, retrieval, workers=0):
     in_training = [module for module in model.net.modules() if module.training]
     model.net.eval()
     if WORLD > 1:
-        for buffer in model.net.buffers():  # each process has its own statistics of batch norm
+        for buffer in model.net.buffers():  # running statistics of batch norm differ by process
             dist.broadcast(buffer, 0)
     scores = {}
     for name, data in zeroshot.items():
@@ -1415,8 +1453,8 @@ def evaluate(model, zeroshot, retrieval, workers=0):
 
 # --------------------------------------------------------------------------------------------------
 # The folder of a run. A run can be killed at any moment, so a file is written under another name
-# and then renamed: no file is ever half of the old and half of the new. The checkpoint is written
-# last. A run that continues from it takes later lines out of the log and does those steps again.
+# and then renamed: no file is ever a mixture of old and new. The checkpoint is written
+# last. A run that continues from it removes later lines from the log and does those steps again.
 
 # A run is continued only with the same values of these flags, and of all --lambda-*.
 RECIPE = ("student", "student_pretrained", "teacher", "teacher_pretrained", "keep_teacher_text")
@@ -1435,7 +1473,7 @@ def replacing(path):
 
 @contextmanager
 def locked(folder):
-    """Makes the folder and refuses it if another run is at work there.
+    """Makes the folder, and raises BadInput if another run is using it.
 
     SQLite can lock a file on every operating system. Loaders do not inherit such a lock, and it
     ends with its process, however that ends.
@@ -1451,7 +1489,7 @@ def locked(folder):
         except (OSError, sqlite3.Error) as error:
             problem = f"--out {folder} cannot be used or locked ({error}); give another --out"
             if "is locked" in str(error):
-                problem = f"--out {folder}: another run is at work there; give another --out"
+                problem = f"--out {folder}: another run is using it; give another --out"
     problem = from_process_0(problem)
     if problem:
         raise BadInput(problem)
@@ -1476,8 +1514,9 @@ def short_hash(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def save_checkpoint(out, recipe, distiller, optimizer, progress, result, log):
+def save(out, student, distiller, optimizer, recipe, progress, result, log):
     if RANK == 0:
+        student.export(out / "student")
         state = {"recipe": recipe, "progress": progress, "result": result, "log_size": log.size()}
         state["distiller"] = distiller.state_dict()
         state["optimizer"] = optimizer.state_dict()
@@ -1487,7 +1526,7 @@ def save_checkpoint(out, recipe, distiller, optimizer, progress, result, log):
 
 
 def load_checkpoint(out, recipe, distiller, optimizer):
-    """How far the run has come, its last result, and the size of its log by then.
+    """How far the run has come, its last result, and the size of its log at that point.
 
     Distiller and optimizer get the state that they had then.
     """
@@ -1502,7 +1541,7 @@ def load_checkpoint(out, recipe, distiller, optimizer):
     for name in {**before, **recipe}:
         if before.get(name) != recipe.get(name):
             change = f"{name} was {before.get(name)} and is {recipe.get(name)} now"
-            raise BadInput(f"{path} is of another run: {change}; give another --out")
+            raise BadInput(f"{path} belongs to another run: {change}; give another --out")
     distiller.load_state_dict(state["distiller"])
     optimizer.load_state_dict(state["optimizer"])
     return state["progress"], state["result"], state["log_size"]
@@ -1547,7 +1586,7 @@ def show(bar, step, steps, total, skipped, problems):
     if skipped:
         status += f", {skipped} pairs were replaced"
     if problems:
-        say(f"warning: could not be read and was replaced: {problems[0]}")
+        say(f"warning: a pair could not be read and was replaced: {problems[0]}")
     if bar.disable:
         say(f"step {step} of {steps}: {status}")
     else:
@@ -1568,6 +1607,7 @@ DEMO = {
     "lambda_fd": 250.0,  # as strong as 2000 at a width of 512: the demo's is 64
     "eval_every": 0,
 }
+LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
 TEACHER_EPOCHS = 3
 TEACHER_PAIRS = 20_000
 STUDENT_PAIRS = 2_000
@@ -1597,7 +1637,7 @@ def draw(colour, letter, size, place, ground, random):
 
 
 def describe(colour, letter, size, place, ground, complete, random):
-    """A caption. As on the web, it may leave things out, unless it is to be complete."""
+    """A caption. As on the web, it may leave things out, unless it is `complete`."""
 
     def maybe(words):
         chance = 1 if complete else 0.6
@@ -1674,6 +1714,7 @@ def demo(args, device):
     runs = {
         "teacher": {**alone, **as_teacher},  # it learns as a student alone would
         "student alone": alone,
+        # The teacher was the student of its own run.
         "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"},
     }
     table = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |"]
@@ -1693,6 +1734,7 @@ def demo(args, device):
 
 
 # --------------------------------------------------------------------------------------------------
+# The program
 
 
 def print_scores(scores):
@@ -1706,7 +1748,7 @@ def main():
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that a new model has no weights
     warnings.filterwarnings("ignore", module="PIL")  # odd images are read as well as they can be
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal of ASCII can print any name
+        stream.reconfigure(errors="backslashreplace")  # an ASCII terminal can print any name
     args = get_args()
     device = setup()
     if args.demo:
@@ -1727,14 +1769,14 @@ def main():
 def end_with(error):
     """Tell the user in one line and return the exit code. Only a bug keeps its traceback."""
     if RANK > 0:
-        time.sleep(5)  # if process 0 fails too, it speaks, and torchrun ends this one
+        time.sleep(5)  # if process 0 fails too, it reports why, and torchrun ends this process
     if isinstance(error, KeyboardInterrupt):
         say("stopped; the same command continues from its last checkpoint.pt, if it has one")
         return 130
     is_lost_process = isinstance(error, ConnectionError)
     if not isinstance(error, (BadInput, OSError)) or is_lost_process:
         raise error
-    message = str(error).split("BadInput: ")[-1]  # before it is the traceback of a loader process
+    message = str(error).split("BadInput: ")[-1]  # a loader process puts its traceback before it
     message = " ".join(message.split())
     if len(message) > 1000:
         message = f"{message[:700]} ... {message[-200:]}"

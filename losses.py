@@ -12,7 +12,7 @@ F.normalize(x, dim=1). N is the number of pairs among which a softmax chooses, w
 |B|. When several processes share a batch, gather() brings together the embeddings of all of them.
 
 Some losses average over `anchors`, which is a slice of the N pairs and by default all of them.
-A process that passes the pairs it brought does only its share of the work. The loss of the whole
+A process that passes the pairs it brought computes only its share. The loss of the whole
 batch is then the mean over the processes.
 
 To use a loss in your own project, copy its function and in_float32 below. afd_loss also needs
@@ -80,7 +80,7 @@ def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, anchors=slice(None)):
     Shapes: img_s, txt_s [N, D_s]; img_t, txt_t [N, D_t]; scale_* [] is 1/tau. D_s, D_t may differ.
     Returns: [] in nats. It is 0 when student and teacher have the same logits.
     Reduction: the mean over the anchors k and over both directions, with the weight 1.
-    Authors' code: the same. Eq. 10 prints the sum of the directions, which is twice this value.
+    Authors' code: the same. Eq. 10 shows the sum of the directions, which is twice this value.
     """
 
     def one_direction(v_s, s_s, v_t, s_t):
@@ -103,7 +103,7 @@ def fd_loss(img_s, txt_s, img_t, txt_t):
     Shapes: all [N, D]. If the student's width is another one, project its embeddings first.
     Returns: [] in squared distance per dimension. It is about 4/D for a student that knows nothing.
     Reduction: the mean over N *and* D of each difference. This is what the weight 2000 belongs to.
-    Authors' code: the same. Eq. 11 prints the sum over D, for which the weight would be 2000/D.
+    Authors' code: the same. Eq. 11 shows the sum over D, for which the weight would be 2000/D.
     """
     return F.mse_loss(img_s, img_t) + F.mse_loss(txt_s, txt_t)
 
@@ -225,7 +225,7 @@ def drop_patches(tokens, ratio):
     """Drop a random share of the patches from the sequence of a ViT, as MAE does. Eq. 12.
 
     tokens: [n, 1 + L, width], a class token and L patches to which the positions have been added.
-    Returns [n, 1 + kept, width]. Each image loses other patches, and the class token stays.
+    Returns [n, 1 + kept, width]. Each image loses different patches, and the class token stays.
     """
     num_patches = tokens.shape[1] - 1
     num_kept = max(1, int(num_patches * (1 - ratio)))
@@ -243,8 +243,8 @@ def blank_patches(images, ratio, grid=14):
     from. The patches form a grid of 14 x 14, as the patches of 16 x 16 pixels do in 224 x 224.
     """
     noise = torch.rand(len(images), grid**2, device=images.device)
-    order = noise.argsort(dim=1).argsort(dim=1)  # the ranks 0, 1, ... of each image's patches
+    rank = noise.argsort(dim=1).argsort(dim=1)  # 0, 1, ... for the patches of each image
     num_kept = max(1, int(grid**2 * (1 - ratio)))
-    kept = order < num_kept
+    kept = rank < num_kept
     mask = kept.view(-1, 1, grid, grid).to(images.dtype)
     return images * F.interpolate(mask, images.shape[2:])
