@@ -60,10 +60,12 @@ from tqdm import tqdm
 import losses as kd
 
 # --------------------------------------------------------------------------------------------------
-# The method. losses.py explains the seven losses: clip (the task itself), crd, fd, mfd, gd, icl and
-# afd. Two things are not obvious. First, the softmax of a contrastive loss runs over the pairs of
-# all processes, so embeddings are gathered before they are compared. Second, fd, mfd, gd and icl
-# need the teacher's width. If the student's differs, linear layers project its embeddings.
+# The method. losses.py explains the seven losses: clip (the task itself), crd (copy the teacher's
+# softmax), fd (copy its embeddings), mfd (fd from a masked image), gd (copy its gradients), icl
+# (find the partner among its embeddings), afd (the task on both models, fused). Two things are not
+# obvious. The softmax of a contrastive loss runs over the pairs of all processes, so embeddings are
+# gathered before they are compared. And fd, mfd, gd and icl need the teacher's width: if the
+# student's differs, linear layers project its embeddings.
 
 
 @dataclass
@@ -96,14 +98,17 @@ class Distiller(nn.Module):
             def compare(self, batch):
                 losses = super().compare(batch)
                 cosine = (batch.img_p * batch.img_t).sum(dim=1)  # [N]
-                losses["cosine"] = 1 - cosine[batch.anchors].mean()
+                losses["cosine"] = 1 - cosine.mean()
                 return losses
 
-        args = get_args(["--train-data", "pairs.tsv"])
-        args.lambda_cosine = 10.0
-        train(args, setup(), WithCosine)
+        if __name__ == "__main__":
+            args = get_args(["--train-data", "pairs.tsv"])
+            args.lambda_cosine = 10.0
+            train(args, setup(), WithCosine)
 
-    A loss with layers of its own makes them in __init__, where the optimiser finds them.
+    A loss may be a mean over all N pairs, like this one, or over batch.anchors, which is less work:
+    the gradient is the same (forward says why). If it uses img_p or txt_p, name it in
+    needs_projection; if it uses scale_s, in needs_scale. Make layers of its own in __init__.
     """
 
     needs_projection = {"fd", "mfd", "gd", "icl"}  # losses that use img_p and txt_p
@@ -133,13 +138,14 @@ class Distiller(nn.Module):
         """Returns {name: loss}, each [] and without its weight.
 
         images: [n, 3, H, W], preprocessed for the student
-        tokens: their captions in the same order, in parts [n_i, length_i] (see cut_padding)
+        tokens: their captions in the same order, which is by length, as a list of tensors
+            [n_i, length_i] that have n rows together and little padding
         img_t, txt_t, scale_t: the teacher's embeddings [n, D_t] and its 1/temperature []
         """
         # 1. Encode. A GPU does this in bfloat16. What follows is in float32.
         with autocast(images.device):
             img = self.student_net.encode_image(images)  # [n, D_s], not yet of unit length
-            txt = encode_text(self.student_net, tokens)  # the same for captions that are cut
+            txt = encode_text(self.student_net, tokens)  # [n, D_s]
         scale_s = self.student_net.logit_scale.exp()
         img = img.to(scale_s.dtype)
         txt = txt.to(scale_s.dtype)
@@ -155,10 +161,12 @@ class Distiller(nn.Module):
             img_t = kd.gather(img_t)  # [N, D_t]
             txt_t = kd.gather(txt_t)
 
-        # 3. Compare. clip, crd, icl and afd are means over the rows of N x N logits. For them each
-        # process computes only the rows of its own pairs, the anchors. Every process computes the
-        # other losses in full: fd and mfd are cheap, and gd needs whole rows and columns. In both
-        # cases the mean over the processes is the loss of the batch, and so is its gradient.
+        # 3. Compare. clip, crd, icl and afd are means over rows of N x N logits, so each process
+        # computes only the rows of its own pairs, the anchors. Every process computes the other
+        # losses in full: fd and mfd are cheap, and gd needs whole rows and columns. Either way the
+        # loss of the batch is the mean of the processes' losses, and its gradient the mean of their
+        # gradients: the backward pass of gather adds up what an embedding gets from all processes,
+        # and DDP divides the gradients of the parameters by their number.
         first = RANK * len(images)  # RANK is the number of this process
         anchors = slice(first, first + len(images))
         batch = Batch(img_s, txt_s, img_p, txt_p, img_t, txt_t, scale_s, scale_t, anchors, images)
@@ -200,11 +208,8 @@ class Distiller(nn.Module):
 
 # --------------------------------------------------------------------------------------------------
 # Training. A run of days will be interrupted, and it should end with the result that it would have
-# had anyway. So no random draw depends on earlier ones: each is seeded with the hash of a tuple of
-# integers that say which step or pair it is for. (Unlike a string's, it is the same in every run.)
-
-# The ends of the names of the scales; DDP puts "module." before them.
-SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")
+# had anyway. So, after the first weights, random draws do not depend on earlier ones: each is
+# seeded with the hash of integers that say for which step or pair it is. (It never changes.)
 
 
 def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t):
@@ -225,10 +230,7 @@ def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, to
     optimizer.zero_grad()
     total.backward()  # DDP averages the gradients of the processes here
     optimizer.step()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(SCALES) and parameter.requires_grad:
-                parameter.clamp_(0, math.log(100))  # 1/temperature stays in [1, 100], as in CLIP
+    clamp_scales(model)  # 1/temperature stays in [1, 100], as in CLIP
     return {**losses, "total": total}
 
 
@@ -256,7 +258,7 @@ def train(args, device, distiller_class=Distiller):
         steps = args.epochs * steps_per_epoch
         eval_every = args.eval_every * steps_per_epoch  # in steps
         recipe = get_recipe(args, files)
-        progress, result, log_size = load_checkpoint(out, recipe, distiller, optimizer)
+        progress, result, log_size = restore(out, recipe, distiller, optimizer)
         begin = progress["step"]
         log = Log(out / "log.jsonl", log_size, args)
         loader = make_loader(pairs, args, begin, steps, device)
@@ -316,8 +318,9 @@ def load_models(args, lambdas, device):
     if args.grad_checkpointing:
         student.recompute_activations()
     if needs_teacher and has_bfloat16(device):
-        # Otherwise autocast would convert the image tower to bfloat16 again in every step, with the
-        # same result. The text tower's would differ: its token embeddings would be rounded too.
+        # Store the teacher's image tower in bfloat16. Autocast would round its weights every step
+        # anyway, to the same result. The text tower stays in float32, because
+        # convert_weights_to_lp would round its token embeddings too, and autocast does not.
         open_clip.model.convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
     return student, teacher if needs_teacher else None
 
@@ -345,6 +348,16 @@ def make_optimizer(distiller, lr, weight_decay):
     if is_vit:
         return torch.optim.AdamW(groups, lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")
+
+
+@torch.no_grad()
+def clamp_scales(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith(SCALES) and parameter.requires_grad:  # DDP puts "module." before the name
+            parameter.clamp_(0, math.log(100))
 
 
 def lr_at(step, steps, warmup, peak):
@@ -430,15 +443,15 @@ def get_args(argv=None):
     add("--lambda-crd", type=amount, default=1, metavar="X",
         help="contrastive relational distillation: the teacher's softmax (default: 1)")
     add("--lambda-fd", type=amount, default=2000, metavar="X",
-        help="feature distillation: its embeddings (default: 2000; the demo has 250)")
+        help="feature distillation: the teacher's embeddings (default: 2000; the demo has 250)")
     add("--lambda-icl", type=amount, default=1, metavar="X",
-        help="interactive contrastive learning: partners among its embeddings (default: 1)")
+        help="interactive contrastive learning: partners among the teacher's (default: 1)")
     add("--lambda-mfd", type=amount, default=0, metavar="X",
         help="masked feature distillation: FD from a part of the image (default: 0; paper: 2000)")
     add("--lambda-gd", type=amount, default=0, metavar="X",
         help="gradient distillation: the task's gradients (default: 0; paper: 1e8 for 1024 pairs)")
     add("--lambda-afd", type=amount, default=0, metavar="X",
-        help="augmented feature distillation: the task together with it (default: 0; try 1)")
+        help="augmented feature distillation: the task on both, fused (default: 0; try 1)")
     add("--mask-ratio", type=amount, default=0.75, metavar="X",
         help="share of each image that MFD hides (default: %(default)s)")
 
@@ -459,7 +472,7 @@ def get_args(argv=None):
     add("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
     add("--log-every", type=positive, default=50, metavar="STEPS", help="(default: %(default)s)")
     add("--save-every", type=positive, default=1000, metavar="STEPS",
-        help="besides a save at every evaluation; a stop costs no more (default: %(default)s)")
+        help="a stop costs at most these; each evaluation saves too (default: %(default)s)")
     add("--eval-every", type=natural, default=1, metavar="EPOCHS",
         help="0 means only at the end (default: %(default)s)")
     add("--eval-only", action="store_true", help="score --student without any training")
@@ -531,10 +544,13 @@ def timm_config(name, **options):
 
 
 def demo_config(vision, embed_dim, width):
-    return clip_config({"image_size": 32, **vision}, embed_dim, width, 2, 1, context=20)
+    return clip_config(
+        {"image_size": 32, **vision}, embed_dim, width, heads=2, layers=1, context=20
+    )
 
 
-# open_clip lacks these six of the paper's students (Table 2). They share one text tower.
+# open_clip lacks these six of the paper's students (Table 2). They share one text tower. With an
+# empty timm_pool a tower keeps timm's own pooling.
 STUDENTS = {
     "ViT-T-16": clip_config({"layers": 12, "width": 192, "patch_size": 16}),  # 192 is 3 heads of 64
     "swin_tiny": timm_config("swin_tiny_patch4_window7_224", timm_pool=""),
@@ -589,8 +605,9 @@ def warn_of_other_preprocessing(name, file):
     for tag in open_clip.list_pretrained_tags_by_model(name):
         wanted = open_clip.get_pretrained_cfg(name, tag)
         if any(wanted.get(key, value) != value for key, value in usual.items()):
-            why = f"the tag {tag} has another preprocessing or activation than the usual"
-            say(f"warning: {file} is used with the usual one, but {why}; local-dir: can hold it")
+            usual = "gets the usual preprocessing and activation"
+            other = f"this model's tag {tag} has others, which a local-dir:FOLDER can name"
+            say(f"warning: {file} {usual}; {other}")
             return
 
 
@@ -614,7 +631,7 @@ def build_model(name, pretrained, frozen):
             name = name.replace("/", "-")  # as in ViT-B/16
             check_name(name, pretrained)
             known = open_clip.get_pretrained_cfg(name, pretrained or "")
-        is_file = pretrained is not None and not known
+        is_file = pretrained is not None and not known  # if it is none, open_clip complains
         quick_gelu = known.get("quick_gelu", False)  # OpenAI's activation
         net = open_clip.create_model(
             name,
@@ -748,7 +765,7 @@ def can_skip_padding(net):
 
     In a causal tower no token sees those after it. So the padding after the end token cannot change
     what is computed at the end token, and that becomes the embedding. (A tower with a class token
-    takes it from there. A plain projection is needed because encode_text multiplies by it.) Towers
+    takes its embedding from that one. And encode_text needs a plain matrix as projection.) Towers
     of other kinds get all of their tokens.
     """
     text = text_tower(net)
@@ -828,9 +845,9 @@ def autocast(device):
 # --------------------------------------------------------------------------------------------------
 # Data. The 12.9 million pairs of CC3M and CC12M would not fit into the memory of dozens of loader
 # processes. So they share an index, which is mapped from disk: a row of five numbers for each pair.
-# They are the number of its file, where in it the text lies and, for a tar, where the image lies.
-# (In a TSV the text names the image.) The location of an image is (path, start, length), since it
-# can be a file of its own or a part of a tar.
+# They are the number of its file, start and length of its text and, for a tar, start and length of
+# its image. (In a TSV the text names the image.) The location of an image is (path, start, length),
+# since it can be a file of its own or a part of a tar.
 
 
 def is_image(name):
@@ -906,7 +923,9 @@ def index_tar(file):
     """The same for a tar. If it is damaged, what comes before the damage is used."""
     texts, images, twice = {}, {}, []  # {key: (start, length)}, and names that come again
     key = ""
-    end = 0  # where the last member ends; it stays 0 if tarfile finds damage
+    # Where the last member ends. After damage it is still 0: a header lies there, and the check for
+    # the final zeros fails, as it should.
+    end = 0
     try:
         with tarfile.open(file, "r:") as tar:  # never compressed, so that offsets are the file's
             for member in tar:
@@ -968,7 +987,8 @@ def build_index(files, folder):
         for number, (index, notes) in enumerate(tqdm(loader, "index", disable=HIDE_BAR)):
             for what, names in notes.items():
                 warn(files[number], what, names)
-            parts.append(np.insert(index.numpy(), 0, number, axis=1))
+            index = index.numpy()  # the loader has made a tensor of it
+            parts.append(np.insert(index, 0, number, axis=1))
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             np.save(file, np.concatenate(parts))
@@ -1008,7 +1028,7 @@ def read_pair(file, start, length, image_start, image_length):
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise ValueError(f"no caption in {text[:100]!r}")
-    # No tokenizer keeps more than 1000 characters, and an endless word would take one minutes.
+    # No tokenizer keeps more than 1000 characters, and an endless word can take it minutes.
     return location, [caption[:1000] for caption in captions]
 
 
@@ -1065,9 +1085,10 @@ class Pairs(Dataset):
         items = [self.load_or_replace(epoch, number) for epoch, number in keys]
         images, captions, problems = zip(*items)
 
-        # Sort the batch by the length of its captions, so that cut_padding can cut each part short.
-        # The end token has the highest number, so argmax finds where a caption ends. The teacher's
-        # tokens take the same order, which need not be exact for them.
+        # Sort images and captions by the captions' lengths, so that cut_padding can cut each part
+        # short. The end token has the highest number, so argmax finds where a caption ends. If the
+        # teacher has another tokenizer, its parts may be cut less short, but never too short. For a
+        # student's tokenizer of another kind this is just some order, and nothing is cut.
         tokens_s, tokens_t = [tokenize(list(captions)) for tokenize in self.tokenizers]
         order = tokens_s.argmax(dim=1).argsort(stable=True)
         skip_s, skip_t = self.skips_padding
@@ -1100,7 +1121,7 @@ class Pairs(Dataset):
         pixels = torch.from_numpy(np.array(read_image(*location)))
         pixels = pixels.permute(2, 0, 1)  # [3, height, width]
         # torchvision draws the crop from the CPU's generator. (torch.manual_seed would seed the
-        # GPUs too, which takes as long as a small image.)
+        # GPUs too, which takes as long as decoding a small image.)
         seed = hash((self.seed, epoch, number))
         torch.default_generator.manual_seed(seed)
         box = v2.RandomResizedCrop.get_params(pixels, scale=(0.9, 1), ratio=(3 / 4, 4 / 3))
@@ -1277,7 +1298,8 @@ def read_class_names(root, folders):
         return imagenet, open_clip.OPENAI_IMAGENET_TEMPLATES
     if not any(re.fullmatch(r"n\d{8}", folder) for folder in folders):
         return [folder.replace("_", " ") for folder in folders], ["a photo of a {}"]
-    unknown = sorted(set(folders) - set(wnids))  # this is ImageNet, or a part of it like ImageNet-R
+    # So this is ImageNet, or a part of it like ImageNet-R.
+    unknown = sorted(set(folders) - set(wnids))
     if unknown:
         problem = f"{unknown[0]} is not an ImageNet class, although other folders are"
         raise BadInput(f"--zeroshot {root}: {problem}")
@@ -1438,7 +1460,8 @@ def evaluate(model, zeroshot, retrieval, workers=0):
     in_training = [module for module in model.net.modules() if module.training]
     model.net.eval()
     if WORLD > 1:
-        for buffer in model.net.buffers():  # running statistics of batch norm differ by process
+        # The last step left each process with batch norm statistics of its own.
+        for buffer in model.net.buffers():
             dist.broadcast(buffer, 0)
     scores = {}
     for name, data in zeroshot.items():
@@ -1525,10 +1548,10 @@ def save(out, student, distiller, optimizer, recipe, progress, result, log):
     wait_for_process_0()
 
 
-def load_checkpoint(out, recipe, distiller, optimizer):
-    """How far the run has come, its last result, and the size of its log at that point.
+def restore(out, recipe, distiller, optimizer):
+    """Give distiller and optimizer the state that they had at the last checkpoint, if there is one.
 
-    Distiller and optimizer get the state that they had then.
+    Returns the progress of the run, its last evaluation's record, and the size of its log then.
     """
     path = out / "checkpoint.pt"
     if not path.exists():

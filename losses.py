@@ -83,9 +83,9 @@ def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, anchors=slice(None)):
     Authors' code: the same. Eq. 10 shows the sum of the directions, which is twice this value.
     """
 
-    def one_direction(v_s, s_s, v_t, s_t):
-        log_p_s = (scale_s * v_s[anchors] @ s_s.T).log_softmax(dim=1)  # [anchors, N]
-        log_p_t = (scale_t * v_t[anchors] @ s_t.T).log_softmax(dim=1)
+    def one_direction(from_s, to_s, from_t, to_t):
+        log_p_s = (scale_s * from_s[anchors] @ to_s.T).log_softmax(dim=1)  # [anchors, N]
+        log_p_t = (scale_t * from_t[anchors] @ to_t.T).log_softmax(dim=1)
         return F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)  # KL(p^T || p^S)
 
     i2t = one_direction(img_s, txt_s, img_t, txt_t)
