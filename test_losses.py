@@ -1541,10 +1541,10 @@ IMAGES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"]
 
 @pytest.mark.parametrize("mode", IMAGES)
 def test_images_of_every_mode_are_read_as_pillow_converts_them(mode, tmp_path):
-    letter = draw_letter("red", "S").convert(mode)
-    file = tmp_path / ("a.tiff" if mode in ("CMYK", "YCbCr") else "a.png")
-    letter.save(file)
-    assert np.array_equal(clipkd.read_image(file, 0, -1), letter.convert("RGB"))
+    suffixes = {"CMYK": ".tiff", "YCbCr": ".jpg"}
+    file = tmp_path / f"a{suffixes.get(mode, '.png')}"
+    draw_letter("red", "S").convert(mode).save(file)
+    assert np.array_equal(clipkd.read_image(file, 0, -1), Image.open(file).convert("RGB"))
 
 
 DEEP = {
