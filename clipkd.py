@@ -10,8 +10,8 @@ How to read this file: the first 300 lines are the whole method, from what the s
 the training loop. Each section after them opens with a comment on its purpose: flags, models, data,
 processes, evaluation, the folder of a run, the demo. You can skip it until you need it.
 
-A run writes into the folder --out. log.jsonl has one JSON object per line. If a run is
-stopped, the same command continues from checkpoint.pt. open_clip can load student/.
+A run writes into the folder --out. log.jsonl has one JSON object per line. If a run is stopped, the
+same command continues from checkpoint.pt. open_clip can load student/.
 
 Comments give shapes, like [n, D]; a single number has the shape []. A process has n of the N pairs
 of a batch. D_s and D_t are the widths of the student's and the teacher's embeddings. Images come
@@ -209,7 +209,7 @@ class Distiller(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Training. A run of days will be interrupted, and it should end with the result that it would have
 # had anyway. So, after the first weights, random draws do not depend on earlier ones: each is
-# seeded with the hash of integers that say for which step or pair it is. (It never changes.)
+# seeded with a hash of integers, the same in every run, that say for which step or pair it is.
 
 
 def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t):
@@ -1476,8 +1476,8 @@ def evaluate(model, zeroshot, retrieval, workers=0):
 
 # --------------------------------------------------------------------------------------------------
 # The folder of a run. A run can be killed at any moment, so a file is written under another name
-# and then renamed: no file is ever a mixture of old and new. The checkpoint is written
-# last. A run that continues from it removes later lines from the log and does those steps again.
+# and then renamed: no file is ever a mixture of old and new. The checkpoint is written last. A run
+# that continues from it removes later lines from the log and does those steps again.
 
 # A run is continued only with the same values of these flags, and of all --lambda-*.
 RECIPE = ("student", "student_pretrained", "teacher", "teacher_pretrained", "keep_teacher_text")
