@@ -605,9 +605,8 @@ def warn_of_other_preprocessing(name, file):
     for tag in open_clip.list_pretrained_tags_by_model(name):
         wanted = open_clip.get_pretrained_cfg(name, tag)
         if any(wanted.get(key, value) != value for key, value in usual.items()):
-            usual = "gets the usual preprocessing and activation"
             other = f"this model's tag {tag} has others, which a local-dir:FOLDER can name"
-            say(f"warning: {file} {usual}; {other}")
+            say(f"warning: {file} gets the usual preprocessing and activation; {other}")
             return
 
 
@@ -631,7 +630,7 @@ def build_model(name, pretrained, frozen):
             name = name.replace("/", "-")  # as in ViT-B/16
             check_name(name, pretrained)
             known = open_clip.get_pretrained_cfg(name, pretrained or "")
-        is_file = pretrained is not None and not known  # if it is none, open_clip complains
+        is_file = pretrained is not None and not known  # open_clip complains if there is none
         quick_gelu = known.get("quick_gelu", False)  # OpenAI's activation
         net = open_clip.create_model(
             name,
@@ -688,15 +687,14 @@ class OpenClip:
 
     def preprocess(self, images):
         """uint8 [n, 3, S, S] on the device -> float [n, 3, H, W] as the image tower wants them."""
-        images = v2.functional.resize(
-            images, self.preprocess_cfg["size"], v2.InterpolationMode.BICUBIC
-        )
+        size = self.preprocess_cfg["size"]
+        images = v2.functional.resize(images, size, v2.InterpolationMode.BICUBIC)
         return (images.float() / 255 - self.mean) / self.std
 
     @torch.no_grad()
     def embed(self, images, tokens):
-        """What a student learns from its teacher: its embeddings of unit length, [n, D] of the
-        images and [n, D] of the captions, and its 1/temperature [].
+        """What a student learns from its teacher: embeddings of unit length, [n, D] of the images
+        and [n, D] of the captions, and 1/temperature [].
 
         images: uint8 [n, 3, S, S]; tokens: captions as encode_text takes them
         """
@@ -711,9 +709,8 @@ class OpenClip:
         Batch norm in towers from timm then updates its statistics twice in a step.
         """
         self.net.set_grad_checkpointing()
-        if isinstance(
-            self.net.visual, open_clip.modified_resnet.ModifiedResNet
-        ):  # RN50, RN101 and their relatives
+        resnet = open_clip.modified_resnet.ModifiedResNet  # of RN50, RN101 and their relatives
+        if isinstance(self.net.visual, resnet):
             say("warning: open_clip cannot do this for this image tower, so it saves little memory")
 
     def export(self, folder):
@@ -894,9 +891,8 @@ def read_header(file):
     separator = "\t" if "\t" in header else ","
     columns = next(csv.reader([header], delimiter=separator), [])
     if not {"filepath", "title"} <= set(columns):
-        raise BadInput(
-            f"{file}: needs columns filepath and title, its first line is {header[:100]}"
-        )
+        begins = f"its first line is {header[:100]}"
+        raise BadInput(f"{file}: needs columns filepath and title; {begins}")
     return separator, columns
 
 
@@ -1214,7 +1210,7 @@ def setup():
     return device
 
 
-def from_process_0(value=None):
+def from_process_0(value):
     """Broadcasts the value of process 0. The others wait for it."""
     values = [value]
     if WORLD > 1:
@@ -1575,9 +1571,8 @@ def check_finite(means, distiller, step):
     weights = [parameter.isfinite().all() for parameter in distiller.parameters()]
     if not math.isfinite(means["total"]) or not torch.stack(weights).all():
         advice = "try a lower --lr or other lambdas, with another --out"
-        raise BadInput(
-            f"at step {step} the losses or the weights are not finite: {means}; {advice}"
-        )
+        problem = f"at step {step} the losses or the weights are not finite: {means}"
+        raise BadInput(f"{problem}; {advice}")
 
 
 class Log:
