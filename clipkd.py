@@ -7,15 +7,15 @@
 The paper is Yang et al., CVPR 2024, https://arxiv.org/abs/2307.12732. Its losses are in losses.py.
 
 How to read this file: the first 300 lines are the whole method, from what the student computes to
-the training loop. Each section after them opens with a comment on its purpose: flags, models, data,
-processes, evaluation, the folder of a run, the demo. You can skip it until you need it.
+the training loop. The sections after that each open with a comment on their purpose: flags, models,
+data, processes, evaluation, the output folder, the demo. You can skip them until you need them.
 
-A run writes into the folder --out. log.jsonl has one JSON object per line. If a run is stopped, the
-same command continues from checkpoint.pt. open_clip can load student/.
+A run writes to the folder --out: log.jsonl, with one JSON object per line; checkpoint.pt, from
+which the same command continues a stopped run; and student/, which open_clip can load.
 
-Comments give shapes, like [n, D]; a single number has the shape []. A process has n of the N pairs
-of a batch. D_s and D_t are the widths of the student's and the teacher's embeddings. Images come
-from the loaders as squares of S x S pixels.
+Comments give shapes, like [n, D]; a single number has the shape []. A batch has N pairs, of which
+each process holds n. D_s and D_t are the widths of the student's and the teacher's embeddings. The
+loaders deliver images as squares of S x S pixels.
 """
 
 import argparse
@@ -62,35 +62,35 @@ import losses as kd
 # --------------------------------------------------------------------------------------------------
 # The method. losses.py explains the seven losses: clip (the task itself), crd (copy the teacher's
 # softmax), fd (copy its embeddings), mfd (fd from a masked image), gd (copy its gradients), icl
-# (find the partner among its embeddings), afd (the task on both models, fused). Two things are not
-# obvious. The softmax of a contrastive loss runs over the pairs of all processes, so embeddings are
-# gathered before they are compared. And fd, mfd, gd and icl need the teacher's width: if the
-# student's differs, linear layers project its embeddings.
+# (find the partner among its embeddings), afd (the task on fused embeddings of both). Two things
+# are not obvious. The softmax of a contrastive loss runs over the pairs of all processes, so
+# embeddings are gathered before they are compared. And fd, mfd, gd and icl compare embeddings of
+# equal width: if the student's are narrower or wider, linear layers project them.
 
 
 @dataclass
 class Batch:
-    """All that a loss may look at. Embeddings are normalised, and gathered from all processes."""
+    """Everything a loss can use. Embeddings are normalised, and gathered from all processes."""
 
     img_s: Tensor  # [N, D_s] the student's embeddings of the images
     txt_s: Tensor  # [N, D_s] the student's embeddings of the captions
     img_p: Tensor  # [N, D_t] the student's again, projected to the width D_t and then normalised
     txt_p: Tensor  # [N, D_t] (img_s and txt_s themselves if no projection is needed)
     img_t: Tensor  # [N, D_t] the teacher's embeddings, which carry no gradient
-    txt_t: Tensor  # [N, D_t] (all that is the teacher's is None in a run without a teacher)
+    txt_t: Tensor  # [N, D_t] (img_t, txt_t and scale_t are None in a run without a teacher)
     scale_s: Tensor  # [] 1/temperature of the student, which is learned
     scale_t: Tensor  # [] 1/temperature of the teacher
-    anchors: slice  # which of the N pairs this process brought
+    anchors: slice  # this process's own pairs among the N
     images: Tensor  # [n, 3, H, W] this process's images, preprocessed for the student
 
 
 class Distiller(nn.Module):
     """The student and the few trainable parts that its losses need.
 
-    A part exists only if a loss needs it. DDP wraps all of them, so that all are synchronised.
+    A part exists only if a loss needs it. All are in one module, so that DDP synchronises them.
 
-    To add a loss, write a subclass in a file of yours that begins with `from clipkd import *`, give
-    the loss a weight, and hand the subclass to train():
+    To add a loss, write a subclass in a file of your own that begins with `from clipkd import *`,
+    give the loss a weight, and pass the subclass to train():
 
         class WithCosine(Distiller):
             needs_projection = Distiller.needs_projection | {"cosine"}
@@ -102,13 +102,13 @@ class Distiller(nn.Module):
                 return losses
 
         if __name__ == "__main__":
-            args = get_args(["--train-data", "pairs.tsv"])
+            args = get_args()  # the flags of clipkd.py
             args.lambda_cosine = 10.0
             train(args, setup(), WithCosine)
 
-    A loss may be a mean over all N pairs, like this one, or over batch.anchors, which is less work:
-    the gradient is the same (forward says why). If it uses img_p or txt_p, name it in
-    needs_projection; if it uses scale_s, in needs_scale. Make layers of its own in __init__.
+    A loss can average over all N pairs, as this one does, or over batch.anchors, which is less
+    work. Both give the same gradient (forward explains why). Add its name to needs_projection if it
+    uses img_p or txt_p, and to needs_scale if it uses scale_s. Create its layers in __init__.
     """
 
     needs_projection = {"fd", "mfd", "gd", "icl"}  # losses that use img_p and txt_p
@@ -116,7 +116,7 @@ class Distiller(nn.Module):
 
     def __init__(self, student_net, dim_s, dim_t, lambdas, mask_ratio=0.75):
         super().__init__()
-        self.student_net = student_net  # a model of open_clip
+        self.student_net = student_net  # an open_clip model
         self.mask_ratio = mask_ratio
         self.active = {name for name, weight in lambdas.items() if weight > 0}
 
@@ -125,7 +125,7 @@ class Distiller(nn.Module):
             self.proj_img = nn.Linear(dim_s, dim_t)
             self.proj_txt = nn.Linear(dim_s, dim_t)
         if "icl" in self.active:
-            self.icl_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's own
+            self.icl_log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # starts as in CLIP
         if "afd" in self.active:
             self.fuse_img = nn.Linear(dim_s + dim_t, dim_s)
             self.fuse_txt = nn.Linear(dim_s + dim_t, dim_s)
@@ -135,14 +135,14 @@ class Distiller(nn.Module):
         student_net.logit_scale.requires_grad_(bool(self.active & self.needs_scale))
 
     def forward(self, images, tokens, img_t=None, txt_t=None, scale_t=None):
-        """Returns {name: loss}, each [] and without its weight.
+        """Returns {name: loss}, each of shape [] and not yet weighted.
 
         images: [n, 3, H, W], preprocessed for the student
-        tokens: their captions in the same order, which is by length, as a list of tensors
-            [n_i, length_i] that have n rows together and little padding
+        tokens: their captions in the same order, sorted by length, as a list of tensors
+            [n_i, length_i] with n rows in total and little padding
         img_t, txt_t, scale_t: the teacher's embeddings [n, D_t] and its 1/temperature []
         """
-        # 1. Encode. A GPU does this in bfloat16. What follows is in float32.
+        # 1. Encode, on recent GPUs in bfloat16. The embeddings are then compared in float32.
         with autocast(images.device):
             img = self.student_net.encode_image(images)  # [n, D_s], not yet of unit length
             txt = encode_text(self.student_net, tokens)  # [n, D_s]
@@ -165,8 +165,8 @@ class Distiller(nn.Module):
         # computes only the rows of its own pairs, the anchors. Every process computes the other
         # losses in full: fd and mfd are cheap, and gd needs whole rows and columns. Either way the
         # loss of the batch is the mean of the processes' losses, and its gradient the mean of their
-        # gradients: the backward pass of gather adds up what an embedding gets from all processes,
-        # and DDP divides the gradients of the parameters by their number.
+        # gradients: the backward pass of gather sums the gradients that an embedding receives from
+        # all processes, and DDP averages the gradients of the parameters over the processes.
         first = RANK * len(images)  # RANK is the number of this process
         anchors = slice(first, first + len(images))
         batch = Batch(img_s, txt_s, img_p, txt_p, img_t, txt_t, scale_s, scale_t, anchors, images)
@@ -207,17 +207,17 @@ class Distiller(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Training. A run of days will be interrupted, and it should end with the result that it would have
-# had anyway. So, after the first weights, random draws do not depend on earlier ones: each is
-# seeded with a hash of integers, the same in every run, that say for which step or pair it is.
+# Training. A run that takes days will be interrupted, and should end as if it had not been. So once
+# the weights are initialised, no random draw depends on earlier ones: each is seeded with a hash of
+# the integers that identify its step or pair. (Python hashes integers the same way in every run.)
 
 
 def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, tokens_t):
-    """One step, which never waits for the GPU. Returns {name: loss} and their weighted "total".
+    """Take one step without waiting for the GPU. Returns {name: loss} and their weighted "total".
 
     model: the Distiller, or DDP around it
     student, teacher: of class OpenClip; teacher is None if no loss needs one
-    images: uint8 [n, 3, S, S]; tokens_s, tokens_t: their captions for student and teacher
+    images: uint8 [n, 3, S, S]; tokens_s, tokens_t: their captions as each model's tokens
     """
     images_s = student.preprocess(images)
     if teacher is None:
@@ -235,7 +235,7 @@ def train_step(model, optimizer, lambdas, student, teacher, images, tokens_s, to
 
 
 def train(args, device, distiller_class=Distiller):
-    """Train the student, or continue from its checkpoint. Returns its last evaluation's record."""
+    """Train the student, or continue from its checkpoint. Returns the last evaluation's record."""
     # 1. Input data. Wrong paths are reported here, before the models are loaded.
     files = find_files(args.train_data)
     zeroshot, retrieval = read_evaluations(args)
@@ -248,11 +248,11 @@ def train(args, device, distiller_class=Distiller):
     model = distiller.to(device)  # it trains student.net itself, not a copy
     optimizer = make_optimizer(distiller, args.lr, args.weight_decay)
     if WORLD > 1:
-        is_extended = distiller_class is not Distiller  # a subclass may have parts without a use
+        is_extended = distiller_class is not Distiller  # a subclass may have unused parts
         model = nn.parallel.DistributedDataParallel(distiller, find_unused_parameters=is_extended)
 
     with locked(args.out) as out:
-        # 3. Data, and how far this run has come already
+        # 3. Data, and the run's progress so far
         pairs = Pairs(files, student, teacher, args.seed, out / "index")
         steps_per_epoch = count_steps(pairs, args.batch_size)
         steps = args.epochs * steps_per_epoch
@@ -318,15 +318,15 @@ def load_models(args, lambdas, device):
     if args.grad_checkpointing:
         student.recompute_activations()
     if needs_teacher and has_bfloat16(device):
-        # Store the teacher's image tower in bfloat16. Autocast would round its weights every step
-        # anyway, to the same result. The text tower stays in float32, because
-        # convert_weights_to_lp would round its token embeddings too, and autocast does not.
+        # Store the teacher's image tower in bfloat16. Autocast would round its weights in each step
+        # anyway, with the same result. The text tower stays in float32: once it was converted,
+        # open_clip would round its token embeddings too, which autocast does not.
         open_clip.model.convert_weights_to_lp(teacher.net.visual, torch.bfloat16)
     return student, teacher if needs_teacher else None
 
 
 def make_optimizer(distiller, lr, weight_decay):
-    """AdamW. Biases, norms and scales are not decayed."""
+    """AdamW, without weight decay on biases, norms and scales."""
     decayed, not_decayed = [], []
     for name, parameter in distiller.named_parameters():
         if not parameter.requires_grad:
@@ -409,70 +409,75 @@ def amount(text):
 
 
 def get_args(argv=None):
-    about = "Distil a CLIP model. Without --train-data it runs a demo on images that it draws."
+    about = "Distil a CLIP model. Without --train-data, run a demo on generated images."
     parser = Parser("clipkd.py", "clipkd.py [--flag value ...]", about, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--train-data", nargs="+", metavar="FILE",
-        help="TSV or CSV files with the columns filepath and title, tars as img2dataset writes "
-        "them, or folders of tars; a text in a tar may have several captions, one on each line")
+        help="TSV or CSV files with columns filepath and title, tars in img2dataset's layout, or "
+        "folders of such tars; a text file in a tar may hold several captions, one per line")
     add("--val-data", nargs="+", default=[], metavar="[NAME=]FILE",
-        help="score retrieval on these, which may be as --train-data")
+        help="score retrieval on these pairs, in the same formats as --train-data")
     add("--zeroshot", nargs="+", default=[], metavar="[NAME=]FOLDER",
-        help="score classification on these, which have a folder of images for each class")
+        help="score zero-shot classification on these, with one folder of images per class")
     add("--workers", type=natural, metavar="N",
-        help="processes that load data (default: all cores but one, or half of them without a GPU)")
+        help="data-loading processes (default: all cores but one; without a GPU, half the cores)")
 
-    about = ("NAME is one of open_clip's, local-dir:FOLDER, hf-hub:ORG/NAME or a FILE.json; "
-             "WEIGHTS are one of open_clip's tags for it, or a file")
+    about = ("NAME is an open_clip model, local-dir:FOLDER, hf-hub:ORG/NAME or a FILE.json with "
+             "an architecture; WEIGHTS is one of open_clip's tags for it, or a file of weights")
     add = parser.add_argument_group("models", about).add_argument
     add("--student", default="ViT-T-16", metavar="NAME",
-        help="also mobilevit_s, swin_tiny, resnet18, mobilenetv3_small_100, efficientnet_b0 "
-        "(default: %(default)s)")
-    add("--student-pretrained", metavar="WEIGHTS", help="its first weights (default: random)")
-    add("--teacher", default="ViT-B-16", metavar="NAME", help="(default: %(default)s)")
+        help="the model to train; besides open_clip's there are mobilevit_s, swin_tiny, resnet18, "
+        "mobilenetv3_small_100 and efficientnet_b0 (default: %(default)s)")
+    add("--student-pretrained", metavar="WEIGHTS", help="initial weights (default: random)")
+    add("--teacher", default="ViT-B-16", metavar="NAME",
+        help="the model to learn from (default: %(default)s)")
     add("--teacher-pretrained", default="laion400m_e32", metavar="WEIGHTS",
-        help="(default: %(default)s)")
+        help="its weights (default: %(default)s)")
     add("--keep-teacher-text", action="store_true",
-        help="train an image tower alone, and give it the teacher's text tower; a search index "
-        "that was built with the teacher can still be used")
+        help="train only the image tower and give it the teacher's text tower; a search index "
+        "built with the teacher stays usable")
 
-    about = "the total is the sum of lambda * loss, and 0 switches a loss off"
+    about = "the total loss is the sum of lambda * loss; a lambda of 0 switches a loss off"
     add = parser.add_argument_group("losses", about).add_argument
     add("--lambda-clip", type=amount, default=1, metavar="X", help="the task itself (default: 1)")
     add("--lambda-crd", type=amount, default=1, metavar="X",
-        help="contrastive relational distillation: the teacher's softmax (default: 1)")
+        help="contrastive relational distillation: copy the teacher's softmax (default: 1)")
     add("--lambda-fd", type=amount, default=2000, metavar="X",
-        help="feature distillation: the teacher's embeddings (default: 2000; the demo has 250)")
+        help="feature distillation: copy the teacher's embeddings (default: 2000; demo: 250)")
     add("--lambda-icl", type=amount, default=1, metavar="X",
-        help="interactive contrastive learning: partners among the teacher's (default: 1)")
+        help="interactive contrastive learning: find the partner among the teacher's embeddings "
+        "(default: 1)")
     add("--lambda-mfd", type=amount, default=0, metavar="X",
-        help="masked feature distillation: FD from a part of the image (default: 0; paper: 2000)")
+        help="masked feature distillation: FD from masked images (default: 0; paper: 2000)")
     add("--lambda-gd", type=amount, default=0, metavar="X",
-        help="gradient distillation: the task's gradients (default: 0; paper: 1e8 for 1024 pairs)")
+        help="gradient distillation: copy the gradients of the teacher's task loss (default: 0; "
+        "paper: 1e8 for 1024 pairs)")
     add("--lambda-afd", type=amount, default=0, metavar="X",
-        help="augmented feature distillation: the task on both, fused (default: 0; try 1)")
+        help="augmented feature distillation: the task on fused embeddings (default: 0; try 1)")
     add("--mask-ratio", type=amount, default=0.75, metavar="X",
         help="share of each image that MFD hides (default: %(default)s)")
 
-    about = "AdamW, whose learning rate rises linearly and falls as a cosine"
+    about = "AdamW; the learning rate rises linearly to its peak, then falls along half a cosine"
     add = parser.add_argument_group("optimiser", about).add_argument
     add("--epochs", type=positive, default=32, metavar="N", help="(default: %(default)s)")
     add("--batch-size", type=positive, default=1024, metavar="N",
-        help="pairs of a step, over all processes (default: %(default)s)")
-    add("--lr", type=amount, default=1e-3, metavar="X", help="peak (default: %(default)s)")
+        help="pairs per step, over all processes (default: %(default)s)")
+    add("--lr", type=amount, default=1e-3, metavar="X",
+        help="peak learning rate (default: %(default)s)")
     add("--weight-decay", type=amount, default=0.1, metavar="X",
-        help="not on biases, norms and scales (default: %(default)s)")
+        help="for all but biases, norms and scales (default: %(default)s)")
     add("--warmup", type=natural, default=10_000, metavar="STEPS",
-        help="at most a tenth of the run (default: %(default)s)")
+        help="length of the rise, capped at a tenth of the run (default: %(default)s)")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", default="out", metavar="FOLDER",
-        help="where the run writes; it continues from a checkpoint there (default: %(default)s)")
+        help="where the run writes; if a checkpoint is there, it continues (default: %(default)s)")
     add("--seed", type=natural, default=0, metavar="N", help="(default: %(default)s)")
     add("--log-every", type=positive, default=50, metavar="STEPS", help="(default: %(default)s)")
     add("--save-every", type=positive, default=1000, metavar="STEPS",
-        help="a stop costs at most these; each evaluation saves too (default: %(default)s)")
+        help="steps between checkpoints, and so the most that a stop can lose; each evaluation "
+        "saves one too (default: %(default)s)")
     add("--eval-every", type=natural, default=1, metavar="EPOCHS",
         help="0 means only at the end (default: %(default)s)")
     add("--eval-only", action="store_true", help="score --student without any training")
@@ -514,7 +519,7 @@ def check_args(args):
 
 
 def get_lambdas(args):
-    """{loss: weight}, with losses that a subclass of Distiller adds as args.lambda_NAME."""
+    """{loss: weight}, including losses that a subclass of Distiller adds as args.lambda_NAME."""
     flags = vars(args).items()
     return {name[len("lambda_") :]: value for name, value in flags if name.startswith("lambda_")}
 
@@ -528,8 +533,9 @@ def available_cores():
 
 
 # --------------------------------------------------------------------------------------------------
-# Models. open_clip builds, loads and tokenizes. This section adds what distillation needs: the
-# paper's students, preprocessing on the device, captions without their padding, masked images.
+# Models. open_clip builds and loads them, and tokenizes captions. This section adds what
+# distillation needs: the paper's students, preprocessing on the device, captions without their
+# padding, masked images.
 
 
 def clip_config(vision, embed_dim=512, width=384, heads=6, layers=12, context=77):
@@ -549,8 +555,8 @@ def demo_config(vision, embed_dim, width):
     )
 
 
-# open_clip lacks these six of the paper's students (Table 2). They share one text tower. With an
-# empty timm_pool a tower keeps timm's own pooling.
+# open_clip lacks these six of the paper's students (Table 2). All have the same kind of text tower.
+# An empty timm_pool keeps timm's own pooling.
 STUDENTS = {
     "ViT-T-16": clip_config({"layers": 12, "width": 192, "patch_size": 16}),  # 192 is 3 heads of 64
     "swin_tiny": timm_config("swin_tiny_patch4_window7_224", timm_pool=""),
@@ -569,9 +575,9 @@ STUDENTS = {
 
 
 def add_architecture(config):
-    """Make a configuration known to open_clip. Returns the name by which open_clip can build it.
+    """Register a configuration with open_clip. Returns the name by which open_clip can build it.
 
-    Every configuration gets the same name and replaces the one before. So build the model before
+    Every configuration gets the same name and replaces the previous one, so build the model before
     you add another configuration.
     """
     if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
@@ -596,9 +602,9 @@ def check_name(name, pretrained):
 
 
 def warn_of_other_preprocessing(name, file):
-    """A file of weights does not say which mean, std and activation they were trained with.
+    """Warn if one of open_clip's tags for this model has unusual preprocessing or activation.
 
-    Warns if one of open_clip's tags for this model has unusual ones.
+    A file of weights does not say which mean, std and activation it was trained with.
     """
     usual = vars(PreprocessCfg())
     usual["quick_gelu"] = open_clip.get_model_config(name).get("quick_gelu", False)
@@ -618,7 +624,7 @@ def is_torchscript(file):
 
 
 def build_model(name, pretrained, frozen):
-    """A model of open_clip, its tokenizer and its configuration. See OpenClip for the arguments."""
+    """An open_clip model, its tokenizer and its configuration. See OpenClip for the arguments."""
     asked = f"model {name}, weights {pretrained}"
     known = {}  # what open_clip knows about the weights
     try:
@@ -630,7 +636,7 @@ def build_model(name, pretrained, frozen):
             name = name.replace("/", "-")  # as in ViT-B/16
             check_name(name, pretrained)
             known = open_clip.get_pretrained_cfg(name, pretrained or "")
-        is_file = pretrained is not None and not known  # open_clip complains if there is none
+        is_file = pretrained is not None and not known  # if it is missing, open_clip complains
         quick_gelu = known.get("quick_gelu", False)  # OpenAI's activation
         net = open_clip.create_model(
             name,
@@ -657,11 +663,11 @@ def build_model(name, pretrained, frozen):
 
 
 class OpenClip:
-    """A model of open_clip (`net`) with its tokenizer, its configuration and its preprocessing.
+    """An open_clip model (`net`) with its tokenizer, its configuration and its preprocessing.
 
-    name: a name of open_clip, also local-dir:DIR or hf-hub:ORG/NAME; one of STUDENTS; a FILE.json
+    name: an open_clip name, local-dir:DIR or hf-hub:ORG/NAME; one of STUDENTS; or a FILE.json
     pretrained: one of open_clip's tags for this name, or a file of weights
-    frozen: requires weights, and does not train them
+    frozen: if true, the model must have weights, and they are not trained
     """
 
     def __init__(self, name, pretrained=None, device="cpu", frozen=False):
@@ -693,8 +699,8 @@ class OpenClip:
 
     @torch.no_grad()
     def embed(self, images, tokens):
-        """What a student learns from its teacher: embeddings of unit length, [n, D] of the images
-        and [n, D] of the captions, and 1/temperature [].
+        """What a student learns from: embeddings of unit length of the images [n, D] and of the
+        captions [n, D], and 1/temperature [].
 
         images: uint8 [n, 3, S, S]; tokens: captions as encode_text takes them
         """
@@ -724,21 +730,22 @@ class OpenClip:
             file.write(json.dumps(config, indent=2).encode())
         with replacing(folder / "open_clip_model.safetensors") as file:
             file.write(safetensors.torch.save(weights))
-        if hasattr(self.tokenizer, "save_pretrained"):  # Hugging Face's; CLIP's own is in open_clip
+        # A Hugging Face tokenizer must be saved. CLIP's own comes with open_clip.
+        if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
 
 
 def text_tower(net):
-    """Where the layers of the text tower are. In the plain CLIP class this is the net itself."""
+    """The module with the text tower's layers. In the plain CLIP class it is the net itself."""
     return getattr(net, "text", net)
 
 
 def with_text_tower_of(teacher, student):
-    """A new student: the architecture of the student's image tower, and the teacher's text tower.
+    """Build a new student from the student's image architecture and the teacher's text tower.
 
     The image tower is untrained. The text tower is a frozen copy, so captions have exactly the
-    teacher's embeddings, and a search index that was built with the teacher can still be used. If
-    the teacher has another activation (OpenAI's), the image tower has it too.
+    teacher's embeddings, and a search index built with the teacher stays usable. If the teacher
+    uses OpenAI's activation, so does the image tower.
     """
     config = {**teacher.config, "vision_cfg": student.config["vision_cfg"]}
     student = OpenClip(add_architecture(config), device=student.device)
@@ -758,12 +765,11 @@ def with_text_tower_of(teacher, student):
 
 
 def can_skip_padding(net):
-    """Whether captions can be cut after their end token without a change of their embedding.
+    """Whether captions can be cut after their end token without changing their embeddings.
 
-    In a causal tower no token sees those after it. So the padding after the end token cannot change
-    what is computed at the end token, and that becomes the embedding. (A tower with a class token
-    takes its embedding from that one. And encode_text needs a plain matrix as projection.) Towers
-    of other kinds get all of their tokens.
+    In a causal tower no token sees later ones, so padding cannot change the output at the end
+    token, which becomes the embedding. (A tower with a class token uses that token instead. And
+    encode_text needs the projection to be a plain matrix.) Other towers get all of their tokens.
     """
     text = text_tower(net)
     pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
@@ -774,26 +780,26 @@ def can_skip_padding(net):
 
 
 def cut_padding(tokens):
-    """Tokens [n, context], sorted by length -> a few parts [n_i, length_i] of shorter captions.
+    """Split tokens [n, context], sorted by length, into parts [n_i, length_i] with less padding.
 
-    Most of CLIP's 77 tokens are padding: a caption of CC3M has 13 tokens on average. Each part is
-    cut after its longest caption, at a multiple of 16, which is a good size for GPUs. A context as
-    short as the demo's has little padding and stays in one part.
+    Most of CLIP's 77 tokens are padding: a CC3M caption has 13 tokens on average. Each part is cut
+    after its longest caption, with the length rounded up to a multiple of 16, which suits GPUs. A
+    context as short as the demo's has little padding and stays in one part.
     """
     num_parts = 4 if tokens.shape[1] > 32 else 1
     parts = []
     for part in tokens.chunk(num_parts):
-        longest = int(part.argmax(dim=1).max()) + 1  # the end token has the highest number
+        longest = int(part.argmax(dim=1).max()) + 1  # the end token has the highest id
         parts.append(part[:, : 16 * math.ceil(longest / 16)].contiguous())
     return parts
 
 
 def encode_text(net, parts):
-    """Embeddings [n, D], not of unit length, of captions as a list of parts [n_i, length_i].
+    """Embeddings [n, D], not of unit length, of captions given as a list of parts [n_i, length_i].
 
     Parts of full length go through open_clip. Its plain CLIP class cannot encode shorter ones, so
-    for them the loop repeats its steps, with the positions and the mask cut to the same length. The
-    embeddings are the same up to rounding.
+    for those the loop takes the same steps itself, with the positions and the mask cut to their
+    length. The embeddings are the same up to rounding.
     """
     text = text_tower(net)
     embeddings = []
@@ -812,10 +818,10 @@ def encode_text(net, parts):
 
 
 def encode_masked(net, images, ratio):
-    """Embeddings [n, D], not of unit length, of images of which the share `ratio` is hidden.
+    """Embeddings [n, D], not of unit length, of images with the share `ratio` of each hidden.
 
     A ViT drops the hidden patches from its sequence. Other image towers get images in which they
-    are blank.
+    are blanked out.
     """
 
     def drop(module, inputs, patches):
@@ -831,7 +837,7 @@ def encode_masked(net, images, ratio):
 
 
 def has_bfloat16(device):
-    """Whether this is a GPU from Ampere on. Older ones use float32: float16 needs a loss scaler."""
+    """Whether this is an Ampere GPU or newer. Others use float32: float16 needs a loss scaler."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -840,11 +846,11 @@ def autocast(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data. The 12.9 million pairs of CC3M and CC12M would not fit into the memory of dozens of loader
-# processes. So they share an index, which is mapped from disk: a row of five numbers for each pair.
-# They are the number of its file, start and length of its text and, for a tar, start and length of
-# its image. (In a TSV the text names the image.) The location of an image is (path, start, length),
-# since it can be a file of its own or a part of a tar.
+# Data. If each of dozens of loader processes held the 12.9 million pairs of CC3M and CC12M, they
+# would not fit into memory. So the processes share an index that is mapped from disk and has five
+# numbers for each pair: which file it is in, the start and length of its text and, for a tar, the
+# start and length of its image. (In a TSV the text names the image.) An image's location is
+# (path, start, length), since it can be a file of its own or part of a tar.
 
 
 def is_image(name):
@@ -878,7 +884,7 @@ def find_files(names):
 
 
 def warn(where, what, names):
-    """Warn with their number and the first of them."""
+    """Warn about these names: how many there are, and the first."""
     if names:
         say(f"warning: {where}: {len(names)} {what}; the first is {names[0]}")
 
@@ -897,11 +903,11 @@ def read_header(file):
 
 
 def index_file(file):
-    """Where the pairs of a file lie, int64 [pairs, 4], and notes for the user: {what: names}.
+    """Where each pair of a file lies, int64 [pairs, 4], and notes for the user: {what: names}.
 
-    The four numbers are start and length of the text and start and length of the image. In a TSV or
-    CSV the text is a row, and the image is a file of its own. In a tar, as img2dataset writes it,
-    the text is the member KEY.txt and the image is the member KEY.jpg.
+    The four numbers are the start and length of the text, then those of the image. In a TSV or CSV
+    the text is a row, and the image is a file of its own. In a tar, as img2dataset writes it, the
+    text is the member KEY.txt and the image is the member KEY.jpg.
     """
     if file.suffix == ".tar":
         return index_tar(file)
@@ -910,20 +916,20 @@ def index_file(file):
     index = np.zeros((len(lengths), 4), np.int64)
     index[:, 0] = lengths.cumsum() - lengths
     index[:, 1] = lengths
-    is_pair = lengths > 2  # an empty line is shorter
+    is_pair = lengths > 2  # an empty line has at most two bytes
     is_pair[0] = False  # this is the header
     return index[is_pair], {}
 
 
 def index_tar(file):
-    """The same for a tar. If it is damaged, what comes before the damage is used."""
-    texts, images, twice = {}, {}, []  # {key: (start, length)}, and names that come again
+    """The same for a tar. If it is damaged, only the pairs before the damage are used."""
+    texts, images, twice = {}, {}, []  # {key: (start, length)}, and repeated names
     key = ""
-    # Where the last member ends. After damage it is still 0: a header lies there, and the check for
-    # the final zeros fails, as it should.
+    # Where the last member ends. If reading fails it stays 0. A header lies there, so the check for
+    # the final zeros fails too, as it should.
     end = 0
     try:
-        with tarfile.open(file, "r:") as tar:  # never compressed, so that offsets are the file's
+        with tarfile.open(file, "r:") as tar:  # uncompressed, so offsets hold in the file
             for member in tar:
                 key, suffix = os.path.splitext(member.name)
                 if is_hidden(member.name):
@@ -955,7 +961,7 @@ def index_tar(file):
 
 
 class FileIndexes(Dataset):
-    """The indexes of files, so that loader processes can make them."""
+    """The indexes of files as a Dataset, so that loader processes can build them."""
 
     def __init__(self, files):
         self.files = files
@@ -968,9 +974,10 @@ class FileIndexes(Dataset):
 
 
 def build_index(files, folder):
-    """Path of the index of all files, int64 [pairs, 5]: the number of the file, then as above.
+    """Build the index of all files and return its path.
 
-    Large data sets take minutes, so the index is kept, under a name that changes with the files.
+    It is int64 [pairs, 5]: the number of the file, then the four numbers of index_file. For a large
+    data set this takes minutes, so the index is kept, under a name that changes with the files.
     """
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime) for file in files]
     path = folder / f"{short_hash(stats)}.npy"
@@ -983,7 +990,7 @@ def build_index(files, folder):
         for number, (index, notes) in enumerate(tqdm(loader, "index", disable=HIDE_BAR)):
             for what, names in notes.items():
                 warn(files[number], what, names)
-            index = index.numpy()  # the loader has made a tensor of it
+            index = index.numpy()  # the loader turned it into a tensor
             parts.append(np.insert(index, 0, number, axis=1))
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -1008,7 +1015,7 @@ def read_bytes(file, start, length):
 def read_pair(file, start, length, image_start, image_length):
     """The location of the image, (path, start, length), and its captions.
 
-    A text in a tar can have several captions, one on each line. Raises ValueError if there is none.
+    In a tar each line of the text is a caption. Raises ValueError if there is no caption at all.
     """
     text = read_bytes(file, start, length).decode("utf-8")
     location = (file, image_start, image_length)
@@ -1024,15 +1031,15 @@ def read_pair(file, start, length, image_start, image_length):
     captions = [caption for caption in captions if caption.strip()]
     if not captions:
         raise ValueError(f"no caption in {text[:100]!r}")
-    # No tokenizer keeps more than 1000 characters, and an endless word can take it minutes.
+    # No tokenizer keeps more than 1000 characters, and a very long word can take minutes to encode.
     return location, [caption[:1000] for caption in captions]
 
 
 def read_image(path, start, length):
-    """An image in RGB. Raises ValueError, since Pillow raises nearly anything on a bad file."""
+    """An image in RGB. Errors become ValueError: Pillow raises nearly anything on a bad file."""
     try:
         image = Image.open(io.BytesIO(read_bytes(path, start, length)))
-        if image.mode[0] in "IF":  # the modes I;16, I and F, among which are PNGs of 16 bits
+        if image.mode[0] in "IF":  # modes I;16, I and F, such as 16-bit PNGs have
             image = to_8_bits(image)
         return image.convert("RGB")
     except Exception as error:
@@ -1055,11 +1062,11 @@ class Pairs(Dataset):
     - the images, uint8 [n, 3, S, S]
     - their captions as tokens for the student, a list of parts [n_i, length_i]
     - their captions as tokens for the teacher, in the same order
-    - a list of sentences about pairs that could not be read
+    - a list of messages about pairs that could not be read
 
-    Teacher and student see the same random crop, since FD compares what they make of one view.
-    The crop depends on (seed, epoch, number) alone. So neither the number of loader processes nor
-    a restart changes what a run sees.
+    Teacher and student see the same random crop, since FD compares their embeddings of it. The crop
+    depends only on (seed, epoch, number), so neither the number of loader processes nor a restart
+    changes what a run sees.
     """
 
     def __init__(self, files, student, teacher, seed, folder):
@@ -1082,9 +1089,10 @@ class Pairs(Dataset):
         images, captions, problems = zip(*items)
 
         # Sort images and captions by the captions' lengths, so that cut_padding can cut each part
-        # short. The end token has the highest number, so argmax finds where a caption ends. If the
-        # teacher has another tokenizer, its parts may be cut less short, but never too short. For a
-        # student's tokenizer of another kind this is just some order, and nothing is cut.
+        # short. The end token has the highest id, so argmax finds where a caption ends. If the
+        # teacher has another tokenizer, its parts may keep some padding, but they never lose a
+        # token. If the student's tokenizer does not end captions like this, the order is arbitrary,
+        # and its tokens are not cut.
         tokens_s, tokens_t = [tokenize(list(captions)) for tokenize in self.tokenizers]
         order = tokens_s.argmax(dim=1).argsort(stable=True)
         skip_s, skip_t = self.skips_padding
@@ -1096,8 +1104,9 @@ class Pairs(Dataset):
     def load_or_replace(self, epoch, number):
         """Image, caption and, if the pair had to be replaced, the reason.
 
-        One broken file must not end a run of days. The other pair is drawn at random, since broken
-        files often come in a row. The draw too depends on (seed, epoch, number) alone.
+        One broken file must not end a run that takes days, so another pair takes its place. It is
+        drawn at random, since broken files often come in a row, and this draw too depends only on
+        (seed, epoch, number).
         """
         problem = ""
         drawn = number
@@ -1127,7 +1136,7 @@ class Pairs(Dataset):
 
 
 def count_steps(pairs, batch_size):
-    """The steps of an epoch. The incomplete last batch of an epoch is dropped."""
+    """The number of steps in an epoch. An incomplete last batch is dropped."""
     if len(pairs) < batch_size:
         raise BadInput(f"--batch-size {batch_size}: there are only {len(pairs)} pairs to train on")
     return len(pairs) // batch_size
@@ -1162,7 +1171,7 @@ def batch_order(num_pairs, batch_size, seed, first_step, steps):
 
 
 def move(batch, device):
-    """Move tensors, also those in lists, to the device without waiting for it."""
+    """Move tensors, including those in lists, to the device without waiting for it."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, (list, tuple)):
@@ -1171,15 +1180,15 @@ def move(batch, device):
 
 
 def ignore_ctrl_c(worker=None):
-    """A terminal sends Ctrl-C to all processes. The main one ends the loaders when it ends."""
+    """Ctrl-C reaches all processes. Loaders ignore it, and stop when the main process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes. torchrun starts one for each GPU. Together they compute the gradient that one process
-# would compute on the whole batch, because gather (in losses.py) and DDP exchange what that takes.
-# Two things remain separate: batch norm sees only the n pairs of its process, and MFD's masks are
-# drawn by each process for itself.
+# would compute on the whole batch, because gather (in losses.py) and DDP exchange embeddings and
+# gradients. Two things remain separate: batch norm sees only the n pairs of its process, and each
+# process draws its own masks for MFD.
 
 # torchrun tells each process its rank and the number of processes. Without it there is one process.
 RANK = int(os.environ.get("RANK") or 0)
@@ -1239,7 +1248,7 @@ def mean_over_processes(losses):
 
 
 def say(message):
-    """A message to the user, once and not by every process. It goes to stderr."""
+    """Print a message to stderr, once rather than from every process."""
     if RANK == 0:
         tqdm.write(f"clipkd.py: {message}", file=sys.stderr)
 
@@ -1251,10 +1260,10 @@ def say(message):
 
 @dataclass
 class ClassFolders:
-    """Images in a folder for each class."""
+    """Images sorted into one folder per class."""
 
     images: list  # their locations
-    labels: list  # the number of each image's class
+    labels: list  # each image's class, as a number
     class_names: list
     templates: list  # of prompts: "a photo of a {}"
 
@@ -1282,12 +1291,12 @@ def read_class_folders(root):
 
 
 def is_imagenet_v2(folders):
-    """Its folders are named 0 to 999 and must be sorted as numbers: as words 10 comes before 2."""
+    """Whether these are ImageNet-V2's, 0 to 999. Sort them as numbers: as text 10 precedes 2."""
     return set(folders) == {str(number) for number in range(1000)}
 
 
 def read_class_names(root, folders):
-    """What the classes are called, and templates of sentences about them."""
+    """The names of the classes, and templates of prompts about them."""
     imagenet = open_clip.IMAGENET_CLASSNAMES
     wnids = ImageNetInfo().label_names()
     if is_imagenet_v2(folders):
@@ -1305,12 +1314,12 @@ def read_class_names(root, folders):
 
 @dataclass
 class CaptionedImages:
-    """Images, each of them once, and all of their captions."""
+    """Images without duplicates, and all of their captions."""
 
     images: list  # their locations
     captions: list
-    image_of_caption: list  # for each caption the number of its image
-    first_caption: list  # for each image the number of its first caption
+    image_of_caption: list  # which image each caption belongs to, as a number
+    first_caption: list  # which caption is the first of each image, as a number
 
 
 def read_captioned_images(name):
@@ -1351,7 +1360,7 @@ def read_evaluations(args):
 
 
 def split_name(value, others):
-    """NAME=PATH or PATH, which is then its own name."""
+    """Split NAME=PATH into name and path. A PATH alone is its own name."""
     name, equals, path = value.partition("=")
     if not equals or os.path.exists(value):
         name, path = value, value
@@ -1419,7 +1428,7 @@ def zero_shot(model, data, workers):
 def recalls(queries, keys, query_images, key_images):
     """{k: percent of queries [Q, D] with a key [K, D] of the same image among the k nearest}.
 
-    query_images [Q] and key_images [K] are the numbers of their images.
+    query_images [Q] and key_images [K] say which image each of them belongs to.
     """
     hits = []
     for some, images in zip(queries.split(1024), query_images.split(1024)):  # to save memory
@@ -1432,8 +1441,8 @@ def recalls(queries, keys, query_images, key_images):
 def retrieval_scores(model, data, workers):
     """Recall at 1, 5 and 10 in percent, from images to texts (I2T) and from texts to images (T2I).
 
-    All captions of an image count. The paper's tables use the first caption of each image alone,
-    so there are two scores for that too.
+    Every caption of an image counts as right. The paper's tables use only the first caption of each
+    image, so there are two scores for that too.
     """
     img = embed_images(model, data.images, workers)
     txt = embed_texts(model, data.captions)
@@ -1475,7 +1484,7 @@ def evaluate(model, zeroshot, retrieval, workers=0):
 # and then renamed: no file is ever a mixture of old and new. The checkpoint is written last. A run
 # that continues from it removes later lines from the log and does those steps again.
 
-# A run is continued only with the same values of these flags, and of all --lambda-*.
+# A run continues only if these flags and all --lambda-* have the same values as before.
 RECIPE = ("student", "student_pretrained", "teacher", "teacher_pretrained", "keep_teacher_text")
 RECIPE += ("mask_ratio", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed")
 
@@ -1494,8 +1503,8 @@ def replacing(path):
 def locked(folder):
     """Makes the folder, and raises BadInput if another run is using it.
 
-    SQLite can lock a file on every operating system. Loaders do not inherit such a lock, and it
-    ends with its process, however that ends.
+    SQLite can lock a file on every operating system. Loaders do not inherit such a lock, and it is
+    released when its process ends, however that happens.
     """
     folder = Path(folder)
     problem = lock = None
@@ -1545,9 +1554,9 @@ def save(out, student, distiller, optimizer, recipe, progress, result, log):
 
 
 def restore(out, recipe, distiller, optimizer):
-    """Give distiller and optimizer the state that they had at the last checkpoint, if there is one.
+    """Load the last checkpoint, if there is one, into distiller and optimizer.
 
-    Returns the progress of the run, its last evaluation's record, and the size of its log then.
+    Returns the progress, the last evaluation and the size of the log at that point.
     """
     path = out / "checkpoint.pt"
     if not path.exists():
@@ -1576,14 +1585,14 @@ def check_finite(means, distiller, step):
 
 
 class Log:
-    """Writes JSON objects to log.jsonl, one per line. Only process 0 does."""
+    """Writes JSON objects to log.jsonl, one per line, in process 0 only."""
 
     def __init__(self, path, size, args):
         self.file = None
         if RANK == 0:
             self.file = open(path, "ab")
             if size < self.file.tell():
-                self.file.truncate(size)  # the lines after the last checkpoint will come again
+                self.file.truncate(size)  # lines after the last checkpoint are written again
             if size == 0:
                 self.write({"args": vars(args), "processes": WORLD, "torch": torch.__version__})
 
@@ -1599,7 +1608,7 @@ class Log:
 
 
 def show(bar, step, steps, total, skipped, problems):
-    """The loss beside the progress bar. Where there is no terminal, a line for the log file."""
+    """Show the loss beside the progress bar. Without a bar, print a line to stderr instead."""
     status = f"loss {total:.3f}"
     if skipped:
         status += f", {skipped} pairs were replaced"
@@ -1612,9 +1621,9 @@ def show(bar, step, steps, total, skipped, problems):
 
 
 # --------------------------------------------------------------------------------------------------
-# The demo: Table 5 of the paper in miniature. The teacher has seen many clean pairs, and the
-# students few and noisy ones. Their world is made of coloured letters. Some combinations of colour
-# and letter are held out, which means that no model sees them in training.
+# The demo: Table 5 of the paper in miniature. The teacher learns from many clean pairs, the
+# students from fewer and noisier ones. Their world is made of coloured letters. Some combinations
+# of colour and letter are held out, which means that no model sees them in training.
 
 DEMO = {
     "student": "demo-student",
@@ -1622,7 +1631,7 @@ DEMO = {
     "teacher_pretrained": None,
     "epochs": 16,
     "batch_size": 64,
-    "lambda_fd": 250.0,  # as strong as 2000 at a width of 512: the demo's is 64
+    "lambda_fd": 250.0,  # 2000 * 64 / 512, since the demo's width is 64
     "eval_every": 0,
 }
 LOSSES = ("clip", "crd", "fd", "mfd", "gd", "icl", "afd")
@@ -1643,7 +1652,7 @@ GROUNDS = "black gray white navy".split()
 
 
 def draw(colour, letter, size, place, ground, random):
-    """An image of 32 x 32 pixels. It is moved, turned and made noisy at random."""
+    """Draw an image of 32 x 32 pixels, with a random shift, size, rotation and noise."""
     image = Image.new("RGB", (32, 32), ground)
     centre = tuple(PLACES[place] + random.uniform(-1, 1, 2))
     font = ImageFont.load_default(SIZES[size] + random.uniform(-2, 2))
@@ -1655,7 +1664,7 @@ def draw(colour, letter, size, place, ground, random):
 
 
 def describe(colour, letter, size, place, ground, complete, random):
-    """A caption. As on the web, it may leave things out, unless it is `complete`."""
+    """A caption. Unless `complete` is true it may leave things out, like captions on the web."""
 
     def maybe(words):
         chance = 1 if complete else 0.6
@@ -1673,7 +1682,7 @@ def describe(colour, letter, size, place, ground, complete, random):
 def write_set(folder, things, random, complete=False, share_wrong=0, seen=None):
     """Write images of things into class folders, and a TSV beside them with their captions.
 
-    The share `share_wrong` of the captions names the colour and letter of another seen thing.
+    A share `share_wrong` of the captions name the colour and letter of a random seen thing.
     """
     for colour, letter in itertools.product(COLOURS, LETTERS):  # every set has all 100 classes
         (folder / f"{colour} {letter}").mkdir(parents=True, exist_ok=True)
@@ -1691,7 +1700,7 @@ def write_set(folder, things, random, complete=False, share_wrong=0, seen=None):
 def make_world(folder, seed):
     """Write four sets: for the teacher, for the students, and two to test on."""
     random = np.random.default_rng(seed)
-    held_out = set()  # two letters of each colour; each letter is held out in two colours
+    held_out = set()  # two letters in each colour, and so each letter in two colours
     for i, colour in enumerate(COLOURS):
         for j, letter in enumerate(LETTERS):
             if (i + 3 * j) % 5 == 0:
@@ -1704,7 +1713,7 @@ def make_world(folder, seed):
     test_seen = random.permutation(seen)[:1000]
     test_unseen = random.permutation(unseen)[:500]
 
-    temporary = folder.with_suffix(".tmp")  # renamed when all of it is there
+    temporary = folder.with_suffix(".tmp")  # renamed once it is complete
     write_set(temporary / "teacher", for_teacher, random)
     write_set(temporary / "students", for_students, random, share_wrong=0.1, seen=seen)
     write_set(temporary / "seen", test_seen, random, complete=True)
@@ -1735,8 +1744,8 @@ def demo(args, device):
         # The teacher was the student of its own run.
         "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"},
     }
-    table = ["| | zero-shot, seen | held-out | I2T R@1 | T2I R@1 | parameters | time |"]
-    table.append("|---" * 7 + "|")
+    columns = "zero-shot | held-out | image to text R@1 | text to image R@1 | parameters | training"
+    table = [f"| | {columns} |", "|---" * 7 + "|"]
     for name, changes in runs.items():
         out = f"{root}/{name.lower().replace(' + ', '-').replace(' ', '-')}"
         run = argparse.Namespace(**{**vars(args), **changes, "out": out})

@@ -1,19 +1,19 @@
 """The losses of CLIP-KD (Yang et al., CVPR 2024, https://arxiv.org/abs/2307.12732).
 
-Each loss is a function of embeddings. It keeps nothing between calls and trains nothing of its own.
-The names are the same in all of them, and so are the shapes:
+Each loss is a function of embeddings, with no state and no trainable parameters of its own. All of
+them use these names and shapes:
 
-    img_s, txt_s    [N, D_s]  what the student makes of N images and their N texts (v^S and s^S)
-    img_t, txt_t    [N, D_t]  what the teacher makes of them, without gradient (v^T and s^T)
-    scale, scale_*  []        1/tau, the inverse of a temperature: 14.3 at the start, 100 at most
+    img_s, txt_s    [N, D_s]  the student's embeddings of N images and their N texts (v^S and s^S)
+    img_t, txt_t    [N, D_t]  the teacher's embeddings of them, without gradient (v^T and s^T)
+    scale, scale_*  []        1/tau, an inverse temperature: it starts at 14.3 and is at most 100
 
 Row k of all four belongs to pair k. Normalise the rows to unit length before the call, with
-F.normalize(x, dim=1). N is the number of pairs among which a softmax chooses, which the paper calls
-|B|. When several processes share a batch, gather() brings together the embeddings of all of them.
+F.normalize(x, dim=1). N is the number of pairs that a softmax runs over, which the paper calls |B|.
+When several processes share a batch, gather() collects the embeddings of all of them.
 
-Some losses average over `anchors`, which is a slice of the N pairs and by default all of them.
-A process that passes the pairs it brought computes only its share. The loss of the whole
-batch is then the mean over the processes.
+Some losses average over `anchors`, a slice of the N pairs, which is all of them by default. A
+process that passes just its own pairs computes only its share, and the loss of the whole batch is
+the mean over the processes.
 
 To use a loss in your own project, copy its function and in_float32 below. afd_loss also needs
 clip_loss, and mfd_loss needs fd_loss.
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 
 def in_float32(loss):
-    """Decorator that makes a loss compute in float32, whatever autocast says around the call.
+    """Decorator: compute the loss in float32, even if it is called under autocast.
 
-    A logit near 100 is only precise to 0.5 in bfloat16. Arguments in float64 stay in float64.
-    You can read the losses below as if this were not there.
+    Near 100, which logits can reach, neighbouring numbers in bfloat16 are 0.5 apart. Arguments in
+    float64 stay in float64. You can read the losses below as if this decorator were not there.
     """
 
     def widen(x):
@@ -58,11 +58,11 @@ def clip_loss(img, txt, scale, anchors=slice(None)):
 
     Shapes: img, txt [N, D]; scale [] is 1/tau.
     Returns: [] in nats. It is log N when all embeddings are equal.
-    Reduction: the mean over the anchors k and over both directions, with the weight 1.
+    Reduction: the mean over the anchors k and over both directions. The weight lambda is 1.
     Authors' code: the same.
     """
-    target = torch.arange(len(img), device=img.device)[anchors]  # anchor k belongs to partner k
-    # Both products are logits [anchors, N]: one row for each anchor, one column for each partner.
+    target = torch.arange(len(img), device=img.device)[anchors]  # anchor k's partner is row k
+    # Both products are logits [anchors, N]: one row for each anchor, one column for each candidate.
     i2t = F.cross_entropy(scale * img[anchors] @ txt.T, target)
     t2i = F.cross_entropy(scale * txt[anchors] @ img.T, target)
     return (i2t + t2i) / 2
@@ -72,15 +72,15 @@ def clip_loss(img, txt, scale, anchors=slice(None)):
 def crd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t, anchors=slice(None)):
     """Contrastive relational distillation: copy the teacher's softmax over the batch. Eq. 4-10.
 
-        p_k[j] = exp(v_k . s_j / tau) / sum_b exp(v_k . s_b / tau)    of the teacher and the student
+        p_k[j] = exp(v_k . s_j / tau) / sum_b exp(v_k . s_b / tau)    for both models: p^T, p^S
         L_I->T = 1/N sum_k sum_j p^T_k[j] log( p^T_k[j] / p^S_k[j] )
         L_T->I = the same with v and s exchanged
         L_CRD  = (L_I->T + L_T->I) / 2
 
     Shapes: img_s, txt_s [N, D_s]; img_t, txt_t [N, D_t]; scale_* [] is 1/tau. D_s, D_t may differ.
     Returns: [] in nats. It is 0 when student and teacher have the same logits.
-    Reduction: the mean over the anchors k and over both directions, with the weight 1.
-    Authors' code: the same. Eq. 10 shows the sum of the directions, which is twice this value.
+    Reduction: the mean over the anchors k and over both directions. The weight lambda is 1.
+    Authors' code: the same. Eq. 10 shows the sum of both directions, which is twice this value.
     """
 
     def one_direction(from_s, to_s, from_t, to_t):
@@ -98,12 +98,12 @@ def fd_loss(img_s, txt_s, img_t, txt_t):
     """Feature distillation: put every embedding where the teacher's is. Eq. 11.
 
         L_FD = 1/(N D) sum_k ( |v^T_k - v^S_k|^2 + |s^T_k - s^S_k|^2 )
-             = (4 - 2 cos_img - 2 cos_txt) / D                          with the mean cosines
+             = (4 - 2 cos_img - 2 cos_txt) / D                 where cos_* are mean cosines
 
-    Shapes: all [N, D]. If the student's width is another one, project its embeddings first.
+    Shapes: all [N, D]. If the student's width differs, project its embeddings first.
     Returns: [] in squared distance per dimension. It is about 4/D for a student that knows nothing.
-    Reduction: the mean over N *and* D of each difference. This is what the weight 2000 belongs to.
-    Authors' code: the same. Eq. 11 shows the sum over D, for which the weight would be 2000/D.
+    Reduction: the mean over N *and* D of each squared difference, as the weight of 2000 assumes.
+    Authors' code: the same. Eq. 11 sums over D instead, so its weight would be 2000/D.
     """
     return F.mse_loss(img_s, img_t) + F.mse_loss(txt_s, txt_t)
 
@@ -112,13 +112,13 @@ def fd_loss(img_s, txt_s, img_t, txt_t):
 def mfd_loss(img_s_masked, txt_s, img_t, txt_t):
     """Masked feature distillation: FD, but the student sees only a part of each image. Eq. 12.
 
-        L_MFD = 1/(N D) sum_k ( |v^T_k - v~^S_k|^2 + |s^T_k - s^S_k|^2 )   v~: of the masked image
+        L_MFD = 1/(N D) sum_k ( |v^T_k - v~^S_k|^2 + |s^T_k - s^S_k|^2 )   v~: from masked images
 
-    Shapes: all [N, D]. The teacher sees the whole image, and no text is masked. How the images are
-    masked is in encode_masked (clipkd.py), with drop_patches or blank_patches below.
+    Shapes: all [N, D]. The teacher sees the whole image, and no text is masked. encode_masked
+    (clipkd.py) masks the images, with drop_patches or blank_patches below.
     Returns: [] in squared distance per dimension. It equals fd_loss when nothing is masked.
-    Reduction: as in fd_loss, with the weight 2000.
-    Authors' code: computes the masked embedding, then replaces it by the whole image's. That is FD.
+    Reduction: as in fd_loss. The weight lambda is 2000 in the paper.
+    Authors' code: overwrites the masked embedding with the whole image's, which leaves plain FD.
     """
     return fd_loss(img_s_masked, txt_s, img_t, txt_t)
 
@@ -132,11 +132,12 @@ def gd_loss(img_s, txt_s, img_t, txt_t, scale_s, scale_t):
         dL_CLIP/dv_k = 1/(N tau) sum_b G[k,b] s_b,    dL_CLIP/ds_b = 1/(N tau) sum_k G[k,b] v_k
         L_GD = 1/(N D) sum_k ( |dL^T/dv^T_k - dL^S/dv^S_k|^2 + |dL^T/ds^T_k - dL^S/ds^S_k|^2 )
 
-    Shapes: all [N, D]; scale_* [] is 1/tau. No tensor in it is larger than N x N or N x D.
+    Shapes: all [N, D]; scale_* [] is 1/tau. No intermediate tensor exceeds N x N or N x D.
     Returns: [] in squared gradient per dimension. It is 0 when student and teacher are equal.
-    Reduction: the mean over N and D of gradients that carry the 1/N of L_CLIP. The value therefore
-    falls as 1/N^2, and the paper's weight 1e8 is for N = 1024.
-    Authors' code: passes 1/tau as tau, builds N x N x D, compares the two directions separately.
+    Reduction: the mean over N and D of squared differences between gradients, which contain the 1/N
+    of L_CLIP. The value therefore shrinks as 1/N^2, and the paper's weight 1e8 is for N = 1024.
+    Authors' code: passes 1/tau as tau, builds an N x N x D tensor and compares the gradients of the
+    two directions separately.
     """
 
     def task_gradients(img, txt, scale):
@@ -162,10 +163,10 @@ def icl_loss(img_s, txt_s, img_t, txt_t, scale, anchors=slice(None)):
 
     Shapes: all [N, D]; scale [] is 1/tau. ICL has a learnable scale of its own.
     Returns: [] in nats. It equals the teacher's clip_loss when student and teacher are equal.
-    Reduction: the mean over the anchors k and over both directions, with the weight 1.
-    Authors' code: multiplies by the parameter itself, ln(1/0.07) = 2.66, without exp() or a clamp.
+    Reduction: the mean over the anchors k and over both directions. The weight lambda is 1.
+    Authors' code: multiplies by the log scale, ln(1/0.07) = 2.66 at first, with no exp() or clamp.
     """
-    target = torch.arange(len(img_s), device=img_s.device)[anchors]  # anchor k, partner k
+    target = torch.arange(len(img_s), device=img_s.device)[anchors]  # anchor k's partner is row k
     i2t = F.cross_entropy(scale * img_s[anchors] @ txt_t.T, target)
     t2i = F.cross_entropy(scale * txt_s[anchors] @ img_t.T, target)
     return (i2t + t2i) / 2
@@ -173,16 +174,16 @@ def icl_loss(img_s, txt_s, img_t, txt_t, scale, anchors=slice(None)):
 
 @in_float32
 def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale, anchors=slice(None)):
-    """Augmented feature distillation: the task loss on student and teacher fused. Eq. 17.
+    """Augmented feature distillation: the task loss on fused embeddings. Eq. 17.
 
         v^A_k = fuse_img([v^S_k ; v^T_k]),  s^A_k = fuse_txt([s^S_k ; s^T_k])
         L_AFD = L_CLIP(v^A / |v^A|, s^A / |s^A|)
 
     Shapes: img_s, txt_s [N, D_s]; img_t, txt_t [N, D_t]. D_s, D_t may differ. fuse_img and fuse_txt
-    are linear layers [N, D_s + D_t] -> [N, D]; scale [] is 1/tau, a learnable one of its own.
-    Returns: [] in nats. It equals the student's clip_loss if the layers ignore the teacher's part.
+    are linear layers [N, D_s + D_t] -> [N, D]; scale [] is 1/tau, learned for AFD alone.
+    Returns: [] in nats. It equals the student's clip_loss if the layers copy the student's part.
     Reduction: as in clip_loss. The paper does not give the weight; 1 is a natural choice.
-    Authors' code: no exp() for the scale, as in ICL. It fails if D_s and D_t differ.
+    Authors' code: takes no exp() of the scale, as in ICL, and fails if D_s and D_t differ.
     """
     img = F.normalize(fuse_img(torch.cat([img_s, img_t], dim=1)), dim=1)  # [N, D]
     txt = F.normalize(fuse_txt(torch.cat([txt_s, txt_t], dim=1)), dim=1)
@@ -190,15 +191,15 @@ def afd_loss(img_s, txt_s, img_t, txt_t, fuse_img, fuse_txt, scale, anchors=slic
 
 
 # --------------------------------------------------------------------------------------------------
-# Two things that the losses need around them: the embeddings of all processes, and masked images.
+# Two things that the losses rely on: gathering embeddings from all processes, and masking images.
 
 
 class Gather(torch.autograd.Function):
-    """The embeddings of every process in the order of their ranks: [n, D] -> [N, D].
+    """The embeddings of all processes, in the order of their ranks: [n, D] -> [N, D].
 
-    In the backward pass an embedding gets the gradients that it has on all processes. They are
-    summed here, and DDP divides by the number of processes. That makes it the gradient of the mean
-    of all processes' losses, which is what one process would compute on the whole batch.
+    In the backward pass an embedding receives gradients from the losses of all processes. They are
+    summed here, and DDP later divides by the number of processes. The result is the gradient of the
+    mean of the processes' losses, which is what one process would compute on the whole batch.
     """
 
     @staticmethod
@@ -215,16 +216,16 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """[n, D] -> [N, D], through which gradients flow. A single process gets x itself."""
+    """[n, D] -> [N, D], with gradients. If there are no other processes, it returns x itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return x
     return Gather.apply(x)
 
 
 def drop_patches(tokens, ratio):
-    """Drop a random share of the patches from the sequence of a ViT, as MAE does. Eq. 12.
+    """Drop a random share of the patches from a ViT's sequence, as MAE does. Eq. 12.
 
-    tokens: [n, 1 + L, width], a class token and L patches to which the positions have been added.
+    tokens: [n, 1 + L, width], a class token and L patches, with positional embeddings added.
     Returns [n, 1 + kept, width]. Each image loses different patches, and the class token stays.
     """
     num_patches = tokens.shape[1] - 1
@@ -237,13 +238,13 @@ def drop_patches(tokens, ratio):
 
 
 def blank_patches(images, ratio, grid=14):
-    """Set a random share of the patches of normalised images [n, 3, H, W] to 0, the mean colour.
+    """In normalised images [n, 3, H, W], set a random share of the patches to 0, the mean colour.
 
     This stands in for drop_patches where the image tower is not a ViT and has no sequence to drop
-    from. The patches form a grid of 14 x 14, as the patches of 16 x 16 pixels do in 224 x 224.
+    from. The grid is 14 x 14, like that of 16 x 16 pixel patches in an image of 224 x 224.
     """
     noise = torch.rand(len(images), grid**2, device=images.device)
-    rank = noise.argsort(dim=1).argsort(dim=1)  # 0, 1, ... for the patches of each image
+    rank = noise.argsort(dim=1).argsort(dim=1)  # each patch's random rank in its image
     num_kept = max(1, int(grid**2 * (1 - ratio)))
     kept = rank < num_kept
     mask = kept.view(-1, 1, grid, grid).to(images.dtype)
