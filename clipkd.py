@@ -428,7 +428,8 @@ def get_args(argv=None):
     add = parser.add_argument_group("models", about).add_argument
     add("--student", default="ViT-T-16", metavar="NAME",
         help="the model to train; besides open_clip's there are mobilevit_s, swin_tiny, resnet18, "
-        "mobilenetv3_small_100 and efficientnet_b0 (default: %(default)s)")
+        "mobilenetv3_small_100, efficientnet_b0 and the tiny demo-student and demo-teacher "
+        "(default: %(default)s)")
     add("--student-pretrained", metavar="WEIGHTS", help="initial weights (default: random)")
     add("--teacher", default="ViT-B-16", metavar="NAME",
         help="the model to learn from (default: %(default)s)")
@@ -444,7 +445,8 @@ def get_args(argv=None):
     add("--lambda-crd", type=amount, default=1, metavar="X",
         help="contrastive relational distillation: copy the teacher's softmax (default: 1)")
     add("--lambda-fd", type=amount, default=2000, metavar="X",
-        help="feature distillation: copy the teacher's embeddings (default: 2000; demo: 250)")
+        help="feature distillation: copy the teacher's embeddings (default: 2000, which is for "
+        "embeddings of 512 numbers; in proportion for others, like 250 for the demo's 64)")
     add("--lambda-icl", type=amount, default=1, metavar="X",
         help="interactive contrastive learning: find the partner among the teacher's embeddings "
         "(default: 1)")
