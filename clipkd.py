@@ -90,9 +90,10 @@ class Distiller(nn.Module):
     A part exists only if a loss needs it. All are in one module, so that DDP synchronises them.
 
     To add a loss, write a subclass in a file of your own that begins with `from clipkd import *`,
-    give the loss a weight, and pass the subclass to train():
+    and pass the subclass to run():
 
         class WithCosine(Distiller):
+            own_losses = {"cosine": 10.0}  # its weight, which the flag --lambda-cosine changes
             needs_projection = Distiller.needs_projection | {"cosine"}
 
             def compare(self, batch):
@@ -102,15 +103,15 @@ class Distiller(nn.Module):
                 return losses
 
         if __name__ == "__main__":
-            args = get_args()  # the flags of clipkd.py
-            args.lambda_cosine = 10.0
-            train(args, setup(), WithCosine)
+            run(WithCosine)
 
     A loss can average over all N pairs, as this one does, or over batch.anchors, which is less
     work. Both give the same gradient (forward explains why). Add its name to needs_projection if it
-    uses img_p or txt_p, and to needs_scale if it uses scale_s. Create its layers in __init__.
+    uses img_p or txt_p, and to needs_scale if it uses scale_s. Create its layers in __init__. If it
+    learns a temperature, store log(1/temperature) under a name that ends in log_scale.
     """
 
+    own_losses = {}  # {name: weight} of the losses that a subclass adds
     needs_projection = {"fd", "mfd", "gd", "icl"}  # losses that use img_p and txt_p
     needs_scale = {"clip", "crd", "gd"}  # losses that use scale_s
 
@@ -350,13 +351,11 @@ def make_optimizer(distiller, lr, weight_decay):
     return torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
-SCALES = ("student_net.logit_scale", "icl_log_scale", "afd_log_scale")
-
-
 @torch.no_grad()
 def clamp_scales(model):
     for name, parameter in model.named_parameters():
-        if name.endswith(SCALES) and parameter.requires_grad:  # DDP puts "module." before the name
+        is_scale = name.endswith(("student_net.logit_scale", "log_scale"))
+        if is_scale and parameter.requires_grad:
             parameter.clamp_(0, math.log(100))
 
 
@@ -408,7 +407,8 @@ def amount(text):
     return number
 
 
-def get_args(argv=None):
+def get_args(argv=None, distiller_class=Distiller):
+    """The flags of the command line, and one for each loss that the class adds."""
     about = "Distil a CLIP model. Without --train-data, run a demo on generated images."
     parser = Parser("clipkd.py", "clipkd.py [--flag value ...]", about, allow_abbrev=False)
     # fmt: off
@@ -459,6 +459,9 @@ def get_args(argv=None):
         help="augmented feature distillation: the task on fused embeddings (default: 0; try 1)")
     add("--mask-ratio", type=amount, default=0.75, metavar="X",
         help="share of each image that MFD hides (default: %(default)s)")
+    for name, weight in distiller_class.own_losses.items():
+        add(f"--lambda-{name.replace('_', '-')}", type=amount, default=weight, metavar="X",
+            help=f"a loss of {distiller_class.__name__} (default: %(default)s)")
 
     about = "AdamW; the learning rate rises linearly to its peak, then falls along half a cosine"
     add = parser.add_argument_group("optimiser", about).add_argument
@@ -1723,7 +1726,7 @@ def make_world(folder, seed):
     temporary.rename(folder)
 
 
-def demo(args, device):
+def demo(args, device, distiller_class):
     """Train a teacher, a student alone, and the same student with CLIP-KD. Prints a table."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, available_cores() // 2))  # the other half loads images
@@ -1736,22 +1739,23 @@ def demo(args, device):
     args.train_data = [f"{root}/data/students.tsv"]
     args.val_data = [f"seen={root}/data/seen.tsv"]
     args.zeroshot = [f"seen={root}/data/seen", f"held-out={root}/data/held-out"]
-    alone = {f"lambda_{name}": 0 for name in LOSSES}
+    alone = {f"lambda_{name}": 0 for name in get_lambdas(args)}
     alone["lambda_clip"] = 1
     as_teacher = {"student": args.teacher, "student_pretrained": None, "epochs": TEACHER_EPOCHS}
     as_teacher["train_data"] = [f"{root}/data/teacher.tsv"]
+    method = "CLIP-KD" if distiller_class is Distiller else distiller_class.__name__
     runs = {
         "teacher": {**alone, **as_teacher},  # it learns as a student alone would
         "student alone": alone,
         # The teacher was the student of its own run.
-        "student + CLIP-KD": {"teacher": f"local-dir:{root}/teacher/student"},
+        f"student + {method}": {"teacher": f"local-dir:{root}/teacher/student"},
     }
     columns = "zero-shot | held-out | image to text R@1 | text to image R@1 | parameters | training"
     table = [f"| | {columns} |", "|---" * 7 + "|"]
     for name, changes in runs.items():
         out = f"{root}/{name.lower().replace(' + ', '-').replace(' ', '-')}"
-        run = argparse.Namespace(**{**vars(args), **changes, "out": out})
-        record = train(run, device)
+        run_args = argparse.Namespace(**{**vars(args), **changes, "out": out})
+        record = train(run_args, device, distiller_class)
         seen = record["eval"]["seen"]
         held_out = record["eval"]["held-out"]
         row = f"| {name} | {seen['top-1']:.1f} | {held_out['top-1']:.1f} "
@@ -1773,21 +1777,21 @@ def print_scores(scores):
             print(f"{name}: {', '.join(cells)}")
 
 
-def main():
+def main(distiller_class=Distiller):
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that a new model has no weights
     warnings.filterwarnings("ignore", module="PIL")  # odd images are read as well as they can be
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # an ASCII terminal can print any name
-    args = get_args()
+    args = get_args(distiller_class=distiller_class)
     device = setup()
     if args.demo:
-        demo(args, device)
+        demo(args, device, distiller_class)
     elif args.eval_only:
         zeroshot, retrieval = read_evaluations(args)
         student = OpenClip(args.student, args.student_pretrained, device, frozen=True)
         print_scores(evaluate(student, zeroshot, retrieval, args.workers))
     else:
-        record = train(args, device)
+        record = train(args, device, distiller_class)
         print_scores(record["eval"])
         say(f"the student is in {args.out}/student")
     if WORLD > 1:
@@ -1813,8 +1817,13 @@ def end_with(error):
     return 2
 
 
-if __name__ == "__main__":
+def run(distiller_class=Distiller):
+    """The whole program, for a script of your own too: flags, training, scores, an exit code."""
     try:
-        main()
+        main(distiller_class)
     except BaseException as error:
         sys.exit(end_with(error))
+
+
+if __name__ == "__main__":
+    run()

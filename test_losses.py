@@ -29,6 +29,9 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+# On the CPU everywhere: the script wants a GPU for each process, and a GPU may not repeat bits.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import numpy as np
 import open_clip
 import pytest
@@ -398,6 +401,7 @@ def new_distiller(student, lambdas, dim_t=64, cls=Distiller):
 class WithCosine(Distiller):
     """The example of Distiller's docstring."""
 
+    own_losses = {"cosine": 10.0}  # its weight, which the flag --lambda-cosine changes
     needs_projection = Distiller.needs_projection | {"cosine"}
 
     def compare(self, batch):
@@ -1198,8 +1202,7 @@ def train_with_cosine(rank, world_size, words):
         patch.setattr(clipkd, "RANK", rank)
         patch.setattr(clipkd, "WORLD", world_size)
         device = clipkd.setup()
-        args = clipkd.get_args(words)
-        args.lambda_cosine = 10.0
+        args = clipkd.get_args(words, WithCosine)
         clipkd.train(args, device, WithCosine)
         if world_size > 1:
             torch.distributed.barrier()
@@ -2062,6 +2065,23 @@ def test_the_readmes_loss_of_your_own_trains(world, tmp_path):
     record = read_log(tmp_path / "out")[1]
     total = record["clip"] + record["crd"] + 250 * record["fd"] + record["icl"]
     assert record["total"] == pytest.approx(total + 10 * record["cosine"], rel=1e-5)
+
+
+def test_a_script_with_a_loss_of_ones_own_ends_like_clipkd(world, tmp_path):
+    (tmp_path / "my_loss.py").write_text(readme_code("from clipkd"))
+    off = {f"lambda_{name}": 0 for name in ("clip", "crd", "fd", "icl")}
+    changes = {"val_data": f"val={world}/pairs.tsv", "lambda_cosine": 3, **off}
+    words = flags(world, tmp_path / "out", epochs=1, **changes)
+    result, out, err = finish(start(tmp_path / "my_loss.py", *words, PYTHONPATH=str(ROOT)))
+    assert result == 0, err
+    assert out.startswith("val: I2T R@1")  # the scores, and no warnings of other libraries
+    record = read_log(tmp_path / "out")[1]
+    assert record["total"] == pytest.approx(3 * record["cosine"], rel=1e-5)
+    result, _, err = finish(
+        start(tmp_path / "my_loss.py", "--lambda-cosine", "-1", PYTHONPATH=str(ROOT))
+    )
+    assert result == 2
+    assert err.startswith("clipkd.py: error: ") and err.count("\n") == 1
 
 
 def test_the_readmes_links_lead_somewhere():
