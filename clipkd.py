@@ -637,6 +637,8 @@ def build_model(name, pretrained, frozen):
             name = add_architecture(STUDENTS[name])
         elif name.endswith(".json"):
             name = add_architecture(json.loads(Path(name).read_text("utf-8")))
+        elif os.path.isdir(name) and name not in open_clip.list_models():
+            raise BadInput(f"model {name}: this is a folder, so write local-dir:{name}")
         elif ":" not in name:
             name = name.replace("/", "-")  # as in ViT-B/16
             check_name(name, pretrained)
@@ -878,8 +880,10 @@ def find_files(names):
             inside = [file for file in sorted(path.iterdir()) if not is_hidden(file.name)]
             found = [file for file in inside if file.suffix == ".tar"]
             others = [file.name for file in inside if file.suffix != ".tar"]
+            if not found:
+                raise BadInput(f"{name}: no .tar in this folder; list other images in a TSV or CSV")
             warn(name, "files that are not .tar are left out", others)
-        if not found or not found[0].is_file():
+        if not found[0].is_file():
             raise BadInput(f"{name}: not found; expected a TSV, a CSV, a .tar or a folder of .tar")
         files += found
     for file in files:
@@ -1577,6 +1581,7 @@ def restore(out, recipe, distiller, optimizer):
             raise BadInput(f"{path} belongs to another run: {change}; give another --out")
     distiller.load_state_dict(state["distiller"])
     optimizer.load_state_dict(state["optimizer"])
+    say(f"{out}: continues after step {state['progress']['step']}")
     return state["progress"], state["result"], state["log_size"]
 
 

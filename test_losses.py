@@ -1828,7 +1828,7 @@ def test_zero_shot_agrees_with_a_classifier_built_by_hand(world):
 
 MISTAKES = [
     ({"train_data": "nowhere.tsv"}, "nowhere.tsv: not found; expected a TSV, a CSV, a .tar or"),
-    ({"train_data": "{tmp}"}, "{tmp}: not found; expected .* a folder of .tar"),
+    ({"train_data": "{tmp}"}, "{tmp}: no .tar in this folder; list other images in a TSV or CSV"),
     ({"train_data": "{tmp}/columns.csv"}, "columns.csv: needs columns filepath and title"),
     ({"train_data": "{tmp}/coco.json"}, "coco.json: needs columns filepath and title"),
     ({"train_data": "{tmp}/empty.tsv"}, "empty.tsv: there is no pair of an image and a caption"),
@@ -1842,6 +1842,7 @@ MISTAKES = [
     ),
     ({"zeroshot": "nowhere"}, "--zeroshot nowhere: there is no such folder"),
     ({"student": "ViT-T-61"}, "model ViT-T-61 is unknown; near it are .*ViT-T-16"),
+    ({"teacher": "{tmp}"}, "model {tmp}: this is a folder, so write local-dir:{tmp}"),
     ({"student": "{tmp}/columns.csv.json"}, "columns.csv.json, .*cannot be loaded.*No such file"),
     ({"student": "{tmp}/bad.json"}, "bad.json, weights None: cannot be loaded: .*needs embed_dim"),
     (
