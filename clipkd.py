@@ -1760,7 +1760,9 @@ def demo(args, device, distiller_class):
     for name, changes in runs.items():
         out = f"{root}/{name.lower().replace(' + ', '-').replace(' ', '-')}"
         run_args = argparse.Namespace(**{**vars(args), **changes, "out": out})
-        record = train(run_args, device, distiller_class)
+        # Losses of a subclass need a teacher, so only the last run has them.
+        is_distilled = "teacher" in changes
+        record = train(run_args, device, distiller_class if is_distilled else Distiller)
         seen = record["eval"]["seen"]
         held_out = record["eval"]["held-out"]
         row = f"| {name} | {seen['top-1']:.1f} | {held_out['top-1']:.1f} "

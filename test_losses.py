@@ -2027,6 +2027,19 @@ def test_a_flag_that_is_given_counts_in_the_demo_too():
     assert args.lambda_fd == 7
 
 
+def test_the_demo_gives_a_loss_of_ones_own_its_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(clipkd, "TEACHER_PAIRS", 64)
+    monkeypatch.setattr(clipkd, "STUDENT_PAIRS", 64)
+    monkeypatch.setattr(clipkd, "TEACHER_EPOCHS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    words = ["--epochs", "1", "--workers", "0", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["my_loss.py", *words])
+    clipkd.main(WithCosine)
+    assert "| student + WithCosine |" in capsys.readouterr().out
+    assert "cosine" in read_log(tmp_path / "seed0/student-withcosine")[1]
+    assert "cosine" not in read_log(tmp_path / "seed0/student-alone")[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # README and notebooks
 
