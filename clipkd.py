@@ -108,7 +108,8 @@ class Distiller(nn.Module):
     A loss can average over all N pairs, as this one does, or over batch.anchors, which is less
     work. Both give the same gradient (forward explains why). Add its name to needs_projection if it
     uses img_p or txt_p, and to needs_scale if it uses scale_s. Create its layers in __init__. If it
-    learns a temperature, store log(1/temperature) under a name that ends in log_scale.
+    learns a temperature, store log(1/temperature) under a name that ends in log_scale, so that it
+    stays in bounds as CLIP's does.
     """
 
     own_losses = {}  # {name: weight} of the losses that a subclass adds
@@ -1760,7 +1761,7 @@ def demo(args, device, distiller_class):
     for name, changes in runs.items():
         out = f"{root}/{name.lower().replace(' + ', '-').replace(' ', '-')}"
         run_args = argparse.Namespace(**{**vars(args), **changes, "out": out})
-        # Losses of a subclass need a teacher, so only the last run has them.
+        # A subclass may need a teacher for its losses, and the first two runs have none.
         is_distilled = "teacher" in changes
         record = train(run_args, device, distiller_class if is_distilled else Distiller)
         seen = record["eval"]["seen"]
